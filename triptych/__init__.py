@@ -1,0 +1,1 @@
+"""Run, edit with, teach and measure three-stage cascade models."""
