@@ -1,0 +1,200 @@
+"""The blocks that Stages B and C are built from.
+
+Feature maps are (B, C, H, W) tensors in channels-last memory, so that the norms and linear layers, which
+work on channels, and the depthwise convolutions, which work on space, share one layout without copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """View (B, C, H, W) as (B, H, W, C); free of copies in channels-last memory."""
+    return x.permute(0, 2, 3, 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """View (B, H, W, C) as (B, C, H, W)."""
+    return x.permute(0, 3, 1, 2)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize with aligned corners, computed in float32, returned in the dtype of `x`."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=True).to(x.dtype)
+
+
+def embed_time(t: Tensor, size: int) -> Tensor:
+    """Sinusoidal embedding of t (B,) in [0, 1] -> (B, size), float32.
+
+    The angles reach 10000, which bfloat16 cannot hold to a useful precision, so everything here is float32.
+    """
+    half = size // 2
+    rates = torch.exp(torch.arange(half, device=t.device).float() * (-math.log(10000) / (half - 1)))
+    angles = (t.float() * 10000)[:, None] * rates[None, :]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return F.pad(embedding, (0, size - 2 * half))
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of (B, C, H, W) at every position, without learned scale or shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(norm_last(channels_last(x)))
+
+
+def norm_last(x: Tensor) -> Tensor:
+    """Layer norm over the last axis, eps 1e-6, no affine part."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Divides each channel's energy over the picture by the mean energy of all channels [ConvNeXt V2, eq. 1-3]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        # vector_norm has gradient 0 where a channel is exactly zero; sqrt of a sum of squares has NaN there.
+        # The sum over a large map leaves float16's range, hence float32.
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        response = (energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+        return torch.addcmul(self.beta, x, 1 + self.gamma * response)
+
+
+class ConvBlock(nn.Module):
+    """Depthwise convolution, then a two-layer perceptron over channels; the official `ResBlock` ("C")."""
+
+    def __init__(self, width: int, skip_width: int = 0, kernel: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.channelwise = perceptron(width + skip_width, width, dropout)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        h = norm_last(channels_last(self.depthwise(x)))  # (B, H, W, C)
+        if skip is not None:
+            h = torch.cat([h, channels_last(skip)], dim=-1)  # the skip joins after the norm, as it is
+        return x + channels_first(self.channelwise(h))
+
+
+class FeedForwardBlock(nn.Module):
+    """The perceptron of a ConvBlock without the convolution; the official `FeedForwardBlock` ("F")."""
+
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.channelwise = perceptron(width, width, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + channels_first(self.channelwise(norm_last(channels_last(x))))
+
+
+def perceptron(width_in: int, width: int, dropout: float) -> nn.Sequential:
+    """The channel mixing of C and F blocks, on (B, H, W, C)."""
+    return nn.Sequential(
+        nn.Linear(width_in, 4 * width),
+        nn.GELU(),
+        GlobalResponseNorm(4 * width),
+        nn.Dropout(dropout),
+        nn.Linear(4 * width, width),
+    )
+
+
+class TimeBlock(nn.Module):
+    """Scales and shifts channels by the time; the official `TimestepBlock` ("T").
+
+    `extra_times` names further scalar conditions with a linear each; the time vector holds one chunk for the
+    time and one for each of them, and their scales and shifts add up.
+    """
+
+    def __init__(self, width: int, time_size: int, extra_times: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.names = ["mapper", *(f"mapper_{name}" for name in extra_times)]
+        for name in self.names:
+            self.add_module(name, nn.Linear(time_size, 2 * width))
+
+    def forward(self, x: Tensor, time_vector: Tensor) -> Tensor:
+        chunks = time_vector.chunk(len(self.names), dim=1)
+        scale_shift = sum(
+            self.get_submodule(name)(chunk) for name, chunk in zip(self.names, chunks, strict=True)
+        )
+        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class PackedAttention(nn.Module):
+    """Multi-head attention whose query, key and value matrices are one plain linear layer.
+
+    Official files call its weight `in_proj_weight`; a linear layer lets adapters of every kind sit on it.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, self_attention: bool) -> Tensor:
+        """x (B, n, C) attends to itself, if asked, and to context (B, m, C)."""
+        query, key, value = self.in_proj(x).chunk(3, dim=-1)
+        context_key, context_value = self.project_context(context).chunk(2, dim=-1)
+        if self_attention:
+            key = torch.cat([key, context_key], dim=1)
+            value = torch.cat([value, context_value], dim=1)
+        else:
+            key, value = context_key, context_value
+        mixed = F.scaled_dot_product_attention(
+            self.split_heads(query),
+            self.split_heads(key),
+            self.split_heads(value),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def project_context(self, context: Tensor) -> Tensor:
+        """Keys and values of the context (B, m, 2C); its queries are never needed, so they are not computed
+        unless something (an adapter, a quantised layer) has taken the place of the plain linear layer."""
+        width = context.shape[-1]
+        if type(self.in_proj) is nn.Linear and not self.in_proj._forward_hooks:
+            bias = self.in_proj.bias
+            return F.linear(context, self.in_proj.weight[width:], bias[width:])
+        return self.in_proj(context)[..., width:]
+
+    def split_heads(self, x: Tensor) -> Tensor:  # (B, n, C) -> (B, heads, n, C / heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Holds the packed attention one level down, where the official files have it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attn = PackedAttention(width, heads, dropout)
+
+
+class AttentionBlock(nn.Module):
+    """Positions attend to each other and to the condition tokens; the official `AttnBlock` ("A")."""
+
+    def __init__(
+        self, width: int, cond_width: int, heads: int, self_attention: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.self_attention = self_attention
+        self.attention = Attention(width, heads, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, width))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        h = norm_last(channels_last(x))  # (B, H, W, C)
+        mixed = self.attention.attn(h.flatten(1, 2), self.kv_mapper(tokens), self.self_attention)
+        return x + channels_first(mixed.unflatten(1, h.shape[1:3]))

@@ -1,0 +1,150 @@
+"""Stage C: text and image embeddings -> `latents_c`, the tiny semantic latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from triptych.models.blocks import ChannelNorm, norm_last
+from triptych.models.trunk import Trunk, TrunkConfig
+
+
+@dataclass(frozen=True)
+class StageCConfig(TrunkConfig):
+    """The published 3.6B by default; see `TrunkConfig` for the shared fields."""
+
+    channels: int = 16
+    patch: int = 1
+    widths: tuple[int, ...] = (2048, 2048)
+    heads: tuple[int, ...] = (32, 32)
+    patterns: tuple[str, ...] = ("CTA", "CTA")
+    down_blocks: tuple[int, ...] = (8, 24)
+    up_blocks: tuple[int, ...] = (24, 8)
+    down_repeats: tuple[int, ...] = (1, 1)
+    up_repeats: tuple[int, ...] = (1, 1)
+    cond_width: int = 2048
+    tokens_per_vector: int = 4
+    text_width: int = 1280  # of the text tower's hidden states
+    pooled_width: int = 1280
+    image_width: int = 768
+    time_size: int = 64
+    extra_times: tuple[str, ...] = ("sca", "crp")
+    kernel: int = 3
+    dropout: tuple[float, ...] = (0.1, 0.1)
+    self_attention: tuple[bool, ...] = (True, True)
+    level_switch: tuple[bool, ...] = (False,)  # per gap between levels: halve the map there
+
+
+STAGE_C = {
+    "3.6b": StageCConfig(),
+    "1b": StageCConfig(
+        widths=(1536, 1536), heads=(24, 24), cond_width=1536, down_blocks=(4, 12), up_blocks=(12, 4)
+    ),
+    "mini": StageCConfig(
+        widths=(256, 256),
+        heads=(4, 4),
+        cond_width=256,
+        down_blocks=(2, 4),
+        up_blocks=(4, 2),
+        tokens_per_vector=2,
+        text_width=384,
+        pooled_width=384,
+        image_width=384,
+        extra_times=(),
+        dropout=(0.0, 0.0),
+    ),
+    "tiny": StageCConfig(
+        widths=(32, 32),
+        heads=(2, 2),
+        cond_width=32,
+        down_blocks=(1, 1),
+        up_blocks=(1, 1),
+        tokens_per_vector=2,
+        text_width=384,
+        pooled_width=384,
+        image_width=384,
+    ),
+}
+
+
+class StageC(Trunk):
+    """The text-conditional diffusion network on `latents_c`."""
+
+    config: StageCConfig
+
+    def __init__(self, config: StageCConfig) -> None:
+        super().__init__(config)
+        vector = config.cond_width * config.tokens_per_vector
+        self.clip_txt_mapper = nn.Linear(config.text_width, config.cond_width)
+        self.clip_txt_pooled_mapper = nn.Linear(config.pooled_width, vector)
+        self.clip_img_mapper = nn.Linear(config.image_width, vector)
+        self.reset_parameters()
+
+    def condition_mappers(self) -> list[nn.Linear | nn.Conv2d]:
+        return [self.clip_txt_mapper, self.clip_txt_pooled_mapper, self.clip_img_mapper]
+
+    def down_scaler(self, level: int) -> nn.Module:
+        return nn.Sequential(ChannelNorm(), LevelSwitch(self.config, level, up=False))
+
+    def up_scaler(self, level: int) -> nn.Module:
+        return nn.Sequential(ChannelNorm(), LevelSwitch(self.config, level, up=True))
+
+    def embed_conditioning(
+        self, text_hidden: Tensor, text_pooled: Tensor, image_embed: Tensor | None = None
+    ) -> Tensor:
+        """Condition tokens: text, then pooled text, then images.
+
+        text_hidden (B, n, text_width), text_pooled (B, pooled_width) or (B, 1, pooled_width), image_embed
+        (B, image_width) or (B, k, image_width), zeros if None -> (B, n + (1 + k) * tokens_per_vector, cond_width).
+        """
+        if image_embed is None:
+            image_embed = text_pooled.new_zeros(text_pooled.shape[0], 1, self.config.image_width)
+        tokens = [
+            self.clip_txt_mapper(text_hidden),
+            self.pooled_tokens(self.clip_txt_pooled_mapper, text_pooled),
+            self.pooled_tokens(self.clip_img_mapper, image_embed),
+        ]
+        return norm_last(torch.cat(tokens, dim=1))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text_hidden: Tensor,
+        text_pooled: Tensor,
+        image_embed: Tensor | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
+        sca: Tensor | None = None,
+        crp: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction for x (B, 16, h, w) at times t (B,) in [0, 1]; conditions as in `embed_conditioning`.
+
+        `residuals` is a list with gaps: entry k, (B, widths, h', w'), is added before ConvBlock k.
+        """
+        named = {"sca": sca, "crp": crp}
+        extra = [named[name] for name in self.config.extra_times]
+        time_vector = self.time_vector(t, extra).to(x.dtype)  #               (B, time_size * 3)
+        tokens = self.embed_conditioning(text_hidden, text_pooled, image_embed)  # (B, 85, cond_width)
+        h = self.embedding(x.contiguous(memory_format=torch.channels_last))  # (B, widths[0], h, w)
+        h = self.run(h, time_vector, tokens, residuals)  #                     (B, widths[0], h, w)
+        return self.clf(h)  #                                                  (B, 16, h, w)
+
+
+class LevelSwitch(nn.Module):
+    """1x1 convolution between levels; halves or doubles the map only where the level switch is on."""
+
+    def __init__(self, config: StageCConfig, level: int, up: bool) -> None:
+        super().__init__()
+        outer, inner = config.widths[level - 1 : level + 1]
+        scale = nn.Upsample(scale_factor=2.0 if up else 0.5, mode="bilinear", align_corners=True)
+        resample = scale if config.level_switch[level - 1] else nn.Identity()
+        mapping = nn.Conv2d(inner, outer, 1) if up else nn.Conv2d(outer, inner, 1)
+        self.blocks = nn.ModuleList([resample, mapping] if up else [mapping, resample])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
