@@ -1,0 +1,260 @@
+"""What a generation is asked for, and what comes back.
+
+A `Request` is complete on its own: command line, API and evaluation build one, `Cascade` carries it out,
+and every PNG stores it. A setting left at None means "the model's own default", which its weight file
+names; `resolve` fills those in. Everything that can be wrong is found here, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from triptych import __version__
+from triptych.diffusion.samplers import SAMPLERS
+from triptych.errors import RequestError, nearest
+from triptych.sizes import SIDE_MULTIPLE, nearest_sides
+
+MAX_SEED = 2**63 - 1
+MAX_BATCH = 4  # pictures that share one network call unless the request says otherwise
+
+
+def parse_size(value: Any) -> Any:
+    """Turn "512x384" into (512, 384), width first; other values pass on to be checked."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})\s*", value, re.ASCII)
+        if match is None:
+            raise ValueError(f'"{value}" is not a size; write width x height, such as 512x384')
+        return int(match[1]), int(match[2])
+    return value
+
+
+def parse_text(value: Any) -> Any:
+    """Refuse text that cannot be written as UTF-8 (half a surrogate pair), which no tokenizer reads."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    for text in texts:
+        if isinstance(text, str):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("the text is not valid Unicode") from None
+    return value
+
+
+Size = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+    BeforeValidator(parse_size),
+]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+class Request(BaseModel):
+    """Everything one generation needs. Raises RequestError, in one sentence, for what is wrong in itself.
+
+    >>> Request(prompt="a red apple", size="256x256", seed=7).size
+    (256, 256)
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    prompt: Annotated[str | tuple[str, ...], BeforeValidator(parse_text)] = Field(
+        description="What to draw, taken literally; several prompts make `count` pictures each."
+    )
+    negative: Annotated[str, BeforeValidator(parse_text)] = Field("", description="What to steer away from.")
+    size: Size | None = Field(None, description="Width and height in pixels.")
+    count: int = Field(1, ge=1, le=10_000, description="Pictures per prompt; picture i has seed + i.")
+    seed: Seed | None = Field(None, description="Seed of the first picture; None draws one.")
+    seeds: tuple[Seed, ...] | None = Field(None, description="One seed per picture, instead of `seed`.")
+    steps: Steps | None = Field(None, description="Steps of Stage C.")
+    guidance: Weight | None = Field(None, description="Guidance weight of Stage C; 1 switches it off.")
+    sampler: str | None = Field(None, description="Sampler of Stage C.")
+    decoder_steps: Steps | None = Field(None, description="Steps of Stage B.")
+    decoder_guidance: Weight | None = Field(None, description="Guidance weight of Stage B.")
+    decoder_sampler: str | None = Field(None, description="Sampler of Stage B.")
+    model: str = Field("mini", min_length=1, description="A model's name, a folder, or a hub name.")
+    stage_a: str | None = Field(None, description="Another Stage A: a file.")
+    stage_b: str | None = Field(None, description="Another Stage B: a size or a file.")
+    stage_c: str | None = Field(None, description="Another Stage C: a size or a file.")
+    text_encoder: str | None = Field(None, description="Another text tower: a file or folder.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="Where to compute.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Precision.")
+    low_memory: bool = Field(False, description="Keep one stage in memory at a time, its weights on disk.")
+    batch: int | None = Field(None, ge=1, le=1024, description="Pictures that share one network call.")
+    preview: bool = Field(False, exclude=True, description="Show pictures while Stage C runs.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RequestError(explain(error, Request)) from None
+        self._check_names()
+        self._check_seeds()
+
+    def _check_names(self) -> None:
+        for name in (self.sampler, self.decoder_sampler):
+            if name is not None and name not in SAMPLERS:
+                raise RequestError(f'There is no sampler "{name}": {nearest(name, SAMPLERS)}.')
+
+    def _check_seeds(self) -> None:
+        if not self.prompts:
+            raise RequestError("An empty list of prompts was given; at least one prompt is needed.")
+        pictures = len(self.prompts) * self.count
+        if self.seeds is not None and len(self.seeds) != pictures:
+            raise RequestError(
+                f"{len(self.seeds)} seeds were given for {pictures} pictures; give one seed per picture."
+            )
+        if self.seed is not None and self.seed + self.count - 1 > MAX_SEED:
+            raise RequestError(f"Seed {self.seed} leaves no room for {self.count} pictures below 2^63.")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts, always as a tuple."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    def pictures(self) -> list[Picture]:
+        """One entry per picture, prompt by prompt. The seed must be known (see `resolve`)."""
+        if self.seed is None and self.seeds is None:
+            raise RequestError("This request has no seed yet; resolve it first.")
+        found = []
+        for prompt in self.prompts:
+            for number in range(self.count):
+                seed = self.seeds[len(found)] if self.seeds is not None else (self.seed or 0) + number
+                found.append(Picture(len(found), prompt, seed))
+        return found
+
+    def replaced(self, **changes: Any) -> Request:
+        """A checked copy with some fields changed."""
+        return Request(**{**self.model_dump(), "preview": self.preview, **changes})
+
+    def resolve(self, stage_c: Mapping[str, Any], stage_b: Mapping[str, Any], min_side: int) -> Request:
+        """Fill every None from the settings of the weight files and check the size against them.
+
+        `stage_c` and `stage_b` are the `settings` tables of the two files; `min_side` is the shortest side
+        in pixels that Stage B's levels can halve. Raises RequestError naming the nearest sizes.
+        """
+        width, height = self.size or stage_c["default_size"]
+        check_size(width, height, int(stage_c.get("size_multiple", SIDE_MULTIPLE)), min_side)
+        seed = self.seed
+        if seed is None and self.seeds is None:
+            seed = secrets.randbelow(2**32)  # short enough to be typed again
+        return self.replaced(
+            size=(width, height),
+            seed=seed,
+            steps=self.steps or stage_c["steps"],
+            guidance=stage_c["guidance"] if self.guidance is None else self.guidance,
+            sampler=self.sampler or stage_c["sampler"],
+            decoder_steps=self.decoder_steps or stage_b["steps"],
+            decoder_guidance=stage_b["guidance"] if self.decoder_guidance is None else self.decoder_guidance,
+            decoder_sampler=self.decoder_sampler or stage_b["sampler"],
+            batch=self.batch or (1 if self.low_memory else MAX_BATCH),
+        )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a request: its place in the result, its prompt and its seed."""
+
+    index: int
+    prompt: str
+    seed: int
+
+
+@dataclass
+class Result:
+    """What a generation made. `latents_c` (N,16,h,w) and `latents_b` (N,4,H/4,W/4) are float32 on the CPU."""
+
+    images: list[Image.Image]
+    latents_c: Tensor
+    latents_b: Tensor
+    request: Request  # with every setting resolved
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    metadata: list[dict[str, Any]] = field(default_factory=list)  # per picture, as its PNG stores it
+
+
+def picture_metadata(request: Request, together: Sequence[Picture], index: int) -> dict[str, Any]:
+    """What the PNG of `together[index]` stores: a request for exactly the pictures that shared its batch.
+
+    Rounding in the last bit depends on the batch, so repeating a picture bit for bit means repeating
+    the batch and keeping one picture of it; `recall` gives both back.
+    """
+    prompts = {picture.prompt for picture in together}
+    first = together[0].seed
+    seeds = [picture.seed for picture in together]
+    plain = len(prompts) == 1 and seeds == list(range(first, first + len(seeds)))
+    chunk = request.replaced(
+        prompt=together[0].prompt if plain else tuple(picture.prompt for picture in together),
+        count=len(together) if plain else 1,
+        seed=first if plain else None,
+        seeds=None if plain else seeds,
+    )
+    stored = {key: value for key, value in chunk.model_dump(mode="json").items() if value is not None}
+    own = together[index]
+    return {"version": __version__, "prompt": own.prompt, "seed": own.seed, "request": stored, "index": index}
+
+
+def recall(metadata: Mapping[str, Any], path: object) -> tuple[Request, Picture]:
+    """The request stored in a PNG (`images.read_metadata`) and the picture of it that the PNG shows.
+
+    `path` is named in errors. Raises RequestError when the settings are damaged or of a newer version.
+    """
+    stored, index = metadata.get("request"), metadata.get("index", 0)
+    if not isinstance(stored, dict) or not isinstance(index, int):
+        raise RequestError(f"The settings stored in {path} are damaged: no request is in them.")
+    try:
+        request = Request(**stored)
+        return request, request.pictures()[index]
+    except (RequestError, IndexError) as error:
+        version = metadata.get("version", "an unknown version")
+        raise RequestError(
+            f"The settings in {path}, written by triptych {version}, cannot be used: {error}"
+        ) from None
+
+
+def check_size(width: int, height: int, multiple: int, min_side: int) -> None:
+    """Raise RequestError, naming the nearest sizes, unless a picture of this size can be made exactly."""
+    smallest = -(-min_side // multiple) * multiple
+    if width >= smallest and height >= smallest and width % multiple == 0 and height % multiple == 0:
+        return
+    below_w, above_w = (max(side, smallest) for side in nearest_sides(width, multiple))
+    below_h, above_h = (max(side, smallest) for side in nearest_sides(height, multiple))
+    sizes = dict.fromkeys((f"{below_w}x{below_h}", f"{above_w}x{above_h}"))
+    raise RequestError(
+        f"Size {width}x{height} cannot be made: sides are multiples of {multiple} from {smallest} pixels on; "
+        f"the nearest {'size is' if len(sizes) == 1 else 'sizes are'} {' and '.join(sizes)}."
+    )
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One sentence per mistake that pydantic found; an unknown key names the nearest known one."""
+    sentences = []
+    for mistake in error.errors(include_url=False):
+        place = ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
+            key = str(mistake["loc"][-1])
+            sentences.append(f'There is no setting "{place}": {nearest(key, _fields(model, mistake["loc"]))}.')
+        elif mistake["type"] == "missing":
+            sentences.append(f"The setting {place} is missing.")
+        else:
+            reason = mistake["msg"].removeprefix("Value error, ")
+            shown = repr(mistake["input"])
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            sentences.append(f"{place} = {shown}: {reason[:1].lower()}{reason[1:].rstrip('.')}.")
+    return " ".join(dict.fromkeys(sentences)).replace("\n", " ")
+
+
+def _fields(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings beside the unknown one at `place`, looking into nested models."""
+    for part in place[:-1]:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
