@@ -4,7 +4,8 @@ The published cascade never quantises: Stage B learns, and Stage A decodes, the 
 by `StageAConfig.scale`. The codebook serves only Stage A's own training (VQGAN, Esser 2021; the network itself is
 Paella's, Rampas 2022). Parameter names are the official ones; `gammas` are the six scalars of a mixing block.
 
-Everything runs in the channels-last memory format, where layer norms and linears over channels need no copies.
+The autoencoder runs in the channels-last memory format, where layer norms and linears over channels need no copies;
+the discriminator does not, because instance norms are faster without.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class DiscriminatorConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        first = self.width // 2 ** max(self.depth - 3, 3)
-        return (first, *(self.width // 2 ** max(self.depth - 3 - i, 0) for i in range(1, self.depth)))
+        """Channels after each convolution."""
+        halvings = max(self.depth - 3, 3)
+        return tuple(self.width // 2 ** max(halvings - i, 0) for i in range(self.depth))
 
 
 class Quantised(NamedTuple):
@@ -203,7 +205,7 @@ class Discriminator(nn.Module):
         if min(pixels.shape[-2:]) < least:
             size = f"{pixels.shape[-2]}x{pixels.shape[-1]}"
             raise ValueError(f"The discriminator needs sides of at least {least} pixels, not {size}.")
-        x = self.encoder(pixels.contiguous(memory_format=torch.channels_last))
+        x = self.encoder(pixels)
         if cond is not None:
             x = torch.cat([x, cond[:, :, None, None].expand(-1, -1, *x.shape[-2:])], dim=1)
         return torch.sigmoid(self.shuffle(x))
