@@ -1,0 +1,156 @@
+"""Prompts and pictures to the tensors that condition the networks.
+
+Long prompts are read in windows: hidden states are joined along tokens, the pooled vector is that of the
+first window. No attention mask reaches Stage C, so all prompts of one call get the same number of windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from triptych.checkpoints.files import read_metadata, read_tensors
+from triptych.checkpoints.int8 import widen
+from triptych.conditioning.tokenizer import MINILM_WINDOW, Tokenizer, Window, wordpiece_tokenizer
+from triptych.errors import CheckpointError
+from triptych.models.minilm import MiniLM, MiniLMConfig
+
+
+class TextTower(Protocol):
+    """A network that reads windows of tokens: MiniLM, or the CLIP text tower."""
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the networks are told about B pictures; batched, moved and repeated as one value."""
+
+    text_hidden: Tensor  # (B, n, Wt)
+    text_pooled: Tensor  # (B, 1, Wp)
+    image_embed: Tensor  # (B, k, Wi), zeros when there is no picture to follow
+
+    def __len__(self) -> int:
+        return len(self.text_hidden)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """The same on another device or in another precision."""
+        return Conditioning(
+            self.text_hidden.to(device=device, dtype=dtype),
+            self.text_pooled.to(device=device, dtype=dtype),
+            self.image_embed.to(device=device, dtype=dtype),
+        )
+
+    def repeat(self, times: int) -> Conditioning:
+        """Every row `times` times in a row: B becomes B * times."""
+        return Conditioning(
+            self.text_hidden.repeat_interleave(times, 0),
+            self.text_pooled.repeat_interleave(times, 0),
+            self.image_embed.repeat_interleave(times, 0),
+        )
+
+
+def cat(first: Conditioning, second: Conditioning) -> Conditioning:
+    """The rows of `first`, then those of `second`; both need the same tokens and image embeddings per row."""
+    return Conditioning(
+        torch.cat([first.text_hidden, second.text_hidden]),
+        torch.cat([first.text_pooled, second.text_pooled]),
+        torch.cat([first.image_embed, second.image_embed]),
+    )
+
+
+class TextEncoder:
+    """A tokenizer and its tower: prompts in, hidden states and pooled vectors out."""
+
+    def __init__(self, tower: TextTower, tokenizer: Tokenizer) -> None:
+        self.tower = tower
+        self.tokenizer = tokenizer
+        self.window = tokenizer.window  # tokens per window
+        self.width = tower.width  # of text_hidden
+
+    def count_windows(self, prompt: str) -> int:
+        """How many windows `prompt` fills; at least one."""
+        return self.tokenizer.count_windows(prompt)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], windows: int | None = None) -> tuple[Tensor, Tensor]:
+        """`text_hidden` (B, windows * window, width) and `text_pooled` (B, Wp), float32, on its device.
+
+        Each prompt is continued with windows of the empty prompt up to the longest of the call, or up to
+        `windows` where that is more (so that a prompt and its negative can be made equally long).
+        """
+        rows = [self.tokenizer.windows(prompt) for prompt in prompts]
+        count = max(windows or 1, *map(len, rows))
+        empty = self.tokenizer.windows("")
+        rows = [row + empty * (count - len(row)) for row in rows]
+        # Each different window is read once: paddings and repeated prompts cost nothing.
+        different: dict[Window, int] = {}
+        index = [different.setdefault(window, len(different)) for row in rows for window in row]
+        device = next(self.tower.parameters()).device
+        ids = torch.tensor([window.ids for window in different], device=device)
+        mask = torch.tensor([window.mask for window in different], device=device)
+        hidden, pooled = self.tower(ids, mask)  # (windows, window, width), (windows, Wp)
+        places = torch.tensor(index, device=device)
+        hidden = hidden.float()[places].view(len(rows), count * self.window, -1)
+        return hidden, pooled.float()[places[::count]]
+
+
+def load_minilm(path: Path | str, tokenizer: Path | str | None = None) -> TextEncoder:
+    """The small text encoder from a part file and its `tokenizer.json` (beside it when not given).
+
+    Matrices stored as int8 rows are widened to float32. Raises CheckpointError when the file does not fit.
+    """
+    path = Path(path)
+    info = read_metadata(path)
+    if info is None or info.part != "text_encoder":
+        raise CheckpointError(
+            f"{path} is not a text encoder of triptych; scripts/convert_minilm.py makes one."
+        )
+    with torch.device("meta"):
+        tower = MiniLM(MiniLMConfig(**info.config))
+    try:
+        tower.load_state_dict(widen(read_tensors(path)), strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
+    words = wordpiece_tokenizer(
+        tokenizer or path.with_name("tokenizer.json"), info.settings.get("window", MINILM_WINDOW)
+    )
+    return TextEncoder(tower.eval().requires_grad_(False), words)
+
+
+def condition(
+    text_encoder: TextEncoder,
+    prompts: Sequence[str],
+    image_embed: Tensor | None = None,
+    *,
+    image_width: int = 768,
+    windows: int | None = None,
+) -> Conditioning:
+    """Conditioning for B `prompts`.
+
+    `image_embed` is (B, Wi), or (B, k, Wi) for k pictures each; without one it is zeros (B, 1, image_width).
+    `windows` is the least number of text windows (see `TextEncoder.encode`).
+    """
+    hidden, pooled = text_encoder.encode(prompts, windows)
+    if image_embed is None:
+        image_embed = hidden.new_zeros(len(prompts), 1, image_width)
+    elif image_embed.ndim == 2:
+        image_embed = image_embed[:, None]
+    return Conditioning(hidden, pooled[:, None], image_embed.to(hidden.device, torch.float32))
+
+
+def unconditional(text_encoder: TextEncoder, like: Conditioning) -> Conditioning:
+    """What guidance is measured against: the empty prompt and no picture, shaped as `like`."""
+    windows = like.text_hidden.shape[1] // text_encoder.window
+    nothing = condition(text_encoder, [""], torch.zeros_like(like.image_embed[:1]), windows=windows)
+    return nothing.repeat(len(like)).to(like.text_hidden.device, like.text_hidden.dtype)
