@@ -1,0 +1,180 @@
+"""Where and how precisely each block computes, and where its weights live: the one seam for memory.
+
+Weights of a network live in one of three places:
+
+    resident   on the device, in the precision they compute in
+    narrow     on the device, as the file stores them (bfloat16, say); each block is widened while it runs
+    streamed   in the memory-mapped file; each block is brought to the device and widened while it runs
+
+A block is a child of a list of blocks (`nn.ModuleList`): the unit in which the trunk of Stages B and C and
+the layers of a text tower run. Everything outside such lists is small and always resident. Widening from
+bfloat16 or float16 to float32 is exact, so all three places give the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from triptych.errors import RequestError
+
+Weights = Literal["resident", "narrow", "streamed"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_SIDE = 192  # a matmul of this side takes 0.2 ms in float32, and 10 ms where bfloat16 is emulated
+PROBE_GAIN = 1.3  # how much faster bfloat16 must be before its rounding is worth it
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and precision of the computation, and where the weights live."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    weights: Weights = "resident"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes the first of CUDA, MPS, CPU that is there.
+
+    Raises RequestError naming the devices of this machine when the named one is missing.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available[:0] = ["cuda", *(f"cuda:{index}" for index in range(1, torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available and name != "cuda:0" or name == "cuda:0" and "cuda" not in available:
+        raise RequestError(f'There is no device "{name}" here; this machine has {", ".join(available)}.')
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision called `name`; "auto" takes bfloat16 where a short trial shows that it is faster.
+
+    Many CPUs emulate bfloat16 at a small fraction of float32's speed, which no feature flag tells
+    reliably; and float16, where it is faster at all, has no room for a residual stream that grows.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if _bfloat16_gain(device.type) > PROBE_GAIN else torch.float32
+
+
+@lru_cache(maxsize=8)
+def _bfloat16_gain(device_type: str) -> float:
+    """How many times faster than float32 a small bfloat16 matmul runs; 0 where it does not run."""
+    try:
+        return _matmul_seconds(torch.float32, device_type) / _matmul_seconds(torch.bfloat16, device_type)
+    except (RuntimeError, TypeError):
+        return 0.0
+
+
+def _matmul_seconds(dtype: torch.dtype, device_type: str) -> float:
+    side = PROBE_SIDE if device_type == "cpu" else 8 * PROBE_SIDE
+    matrix = torch.ones(side, side, dtype=dtype, device=device_type)
+    best = float("inf")
+    for _ in range(4):  # the first run also pays for starting the library
+        start = time.perf_counter()
+        total = (matrix @ matrix)[0, 0].item()  # reading a number waits for an accelerator
+        best = min(best, time.perf_counter() - start)
+    if total != side:
+        raise RuntimeError(f"{dtype} matmul is wrong on {device_type}")
+    return best
+
+
+def place(module: nn.Module, placement: Placement) -> nn.Module:
+    """Put a network whose weights are mapped from a file where `placement` says, and return it.
+
+    The network is switched to eval mode and its parameters stop asking for gradients. Resident weights
+    that the file stores in the right precision stay mapped on a CPU: nothing is copied.
+    """
+    module.eval().requires_grad_(False)
+    if placement.weights == "resident":
+        return _to_memory(module, placement)
+    blocks = list(blocks_of(module))
+    inside = {id(tensor) for block in blocks for tensor in _tensors_of(block)}
+    for name, owner, tensor in _slots(module):
+        if id(tensor) not in inside:
+            _fill(owner, name, _moved(tensor, placement.device, placement.dtype))
+    for block in blocks:
+        if placement.weights == "narrow":
+            for name, owner, tensor in _slots(block):
+                _fill(owner, name, tensor.to(placement.device, copy=True))
+        visit = _Visit(block, placement)
+        block.register_forward_pre_hook(visit.enter)
+        block.register_forward_hook(visit.leave, always_call=True)
+    return module
+
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost blocks: children of a ModuleList that are no lists themselves."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                if isinstance(block, nn.ModuleList):
+                    yield from blocks_of(nn.ModuleList([block]))
+                else:
+                    yield block
+        else:
+            yield from blocks_of(child)
+
+
+class _Visit:
+    """Brings a block's weights to where they compute when it runs and puts the stored ones back after."""
+
+    def __init__(self, block: nn.Module, placement: Placement) -> None:
+        self.slots = list(_slots(block))
+        self.placement = placement
+
+    def enter(self, block: nn.Module, inputs: Any) -> None:
+        moved: dict[int, Tensor] = {}  # a weight that a block uses twice is moved once
+        for name, owner, stored in self.slots:
+            if id(stored) not in moved:
+                moved[id(stored)] = _moved(stored, self.placement.device, self.placement.dtype)
+            _fill(owner, name, moved[id(stored)])
+
+    def leave(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        for name, owner, stored in self.slots:
+            _fill(owner, name, stored)
+
+
+def _to_memory(module: nn.Module, placement: Placement) -> nn.Module:
+    for name, owner, tensor in _slots(module):
+        _fill(owner, name, _moved(tensor, placement.device, placement.dtype))
+    return module
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """(name, module that owns it, tensor) for every parameter and buffer below `module`."""
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    yield name, owner, tensor
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    for _, _, tensor in _slots(module):
+        yield tensor
+
+
+def _fill(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in owner._parameters:
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        owner._parameters[name] = tensor
+    else:
+        owner._buffers[name] = tensor
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device, floating numbers in `dtype`; whole numbers keep their type."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
