@@ -42,7 +42,7 @@ def check_stage_a(golden: Any) -> dict[str, Tensor]:
     network.train()
     leaf = pixels.clone().requires_grad_()
     roundtrip, quantised = network(leaf)
-    loss = (roundtrip - leaf).square().mean() + quantised.loss
+    loss = (roundtrip - pixels).square().mean() + quantised.loss
     loss.backward()
     out |= {"out.train_roundtrip": roundtrip, "out.train_loss": loss, "grad.pixels": leaf.grad}
     parameters = dict(network.named_parameters())
