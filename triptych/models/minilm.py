@@ -57,17 +57,19 @@ class MiniLM(nn.Module):
     def __init__(self, config: MiniLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.positions = nn.Embedding(config.positions, config.width)
+        # Tables made this way skip nn.Embedding's own normal draw, which on the meta device imports torch's
+        # whole compiler (seconds).
+        self.tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.width), freeze=False)
+        self.positions = nn.Embedding.from_pretrained(torch.empty(config.positions, config.width), freeze=False)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """BERT's initialisation: normal with deviation 0.02, biases zero."""
+        """BERT's initialisation: truncated normal with deviation 0.02, biases zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
