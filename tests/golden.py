@@ -1,16 +1,17 @@
 """Compares triptych with recorded numbers: `python tests/golden.py FILE...`.
 
-A recording is a safetensors file whose metadata says `kind`, `config` (JSON) and `tolerance` (JSON with rtol and
-atol). It holds inputs (`in.`), weights (`w.`), and what a correct rebuild must give: outputs (`out.`), gradients
-(`grad.`) and samples of weights made by formula (`check.`); a file with none of the three is itself what must be
-given. Files that refer to others (the weights of `stage_c`, say) find them in their own folder.
+A recording is a safetensors file whose metadata says `kind`, `config` (JSON) and `tolerance` (JSON with
+rtol and atol). It holds inputs (`in.`), weights (`w.`), and what a correct rebuild must give: outputs
+(`out.`), gradients (`grad.`) and samples of weights made by formula (`check.`); a file with none of the
+three is itself what must be given. Files that refer to others (the weights of `stage_c`, say) find them in
+their own folder.
 
-One line is printed for every output, with its largest error. The exit status is 1 if anything differs, was not
-computed, or is of a kind that no check knows; the last line names what failed.
+One line is printed for every output, with its largest error. The exit status is 1 if anything differs, was
+not computed, or is of a kind that no check knows; the last line names what failed.
 
 What computes the outputs stands in golden_checks/, one file per area: each has a dict CHECKS from kind to a
-function that takes a `Golden` and returns the computed tensors by the name of the recorded one. For a comparison
-whose expected value is not in the file under that name, it returns a pair (computed, expected).
+function that takes a `Golden` and returns the computed tensors by the name of the recorded one. For a
+comparison whose expected value is not in the file under that name, it returns a pair (computed, expected).
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def check(golden: Golden, function: Callable[[Golden], Computed]) -> list[Outcom
 
 
 def check_file(path: str | Path) -> list[Outcome]:
-    """All outcomes of one file; a file that cannot be read, or a kind that no check knows, is a failed one."""
+    """All outcomes of one file; an unreadable file, or a kind that no check knows, is a failed one."""
     try:
         golden = Golden(path)
     except (OSError, SafetensorError, ValueError) as error:

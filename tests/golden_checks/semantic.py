@@ -85,10 +85,8 @@ def check_semantic_encoder(golden: Any) -> dict[str, Tensor]:
 
 def check_previewer(golden: Any) -> dict[str, Tensor]:
     """The previewer in eval mode."""
-    config = golden.config
-    network = Previewer(
-        PreviewerConfig(latent_channels=config["c_in"], width=config["c_hidden"], out_channels=config["c_out"])
-    )
+    c = golden.config
+    network = Previewer(PreviewerConfig(c["c_in"], c["c_hidden"], c["c_out"]))
     network.load_state_dict(golden.under("w."))
     network.eval()
     return {"out.rgb": network(golden["in.latents"])}

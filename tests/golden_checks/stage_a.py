@@ -9,8 +9,8 @@ from torch import Tensor
 from triptych.models.stage_a import Discriminator, DiscriminatorConfig, StageA, StageAConfig
 
 
-def check_stage_a(golden: Any) -> dict[str, Tensor]:
-    """Encode, quantise, decode; the first layers; one training step's outputs, gradients and statistics."""
+def build_stage_a(golden: Any) -> StageA:
+    """The recorded Stage A with its weights, in eval mode."""
     config = golden.config
     network = StageA(
         StageAConfig(
@@ -23,7 +23,12 @@ def check_stage_a(golden: Any) -> dict[str, Tensor]:
         )
     )
     network.load_state_dict(golden.under("w."))
-    network.eval()
+    return network.eval()
+
+
+def check_stage_a(golden: Any) -> dict[str, Tensor]:
+    """Encode, quantise, decode; the first layers; one training step's outputs, gradients and statistics."""
+    network = build_stage_a(golden)
     pixels = golden["in.pixels"]
     quantised = network.encode_quantised(pixels)
     entry = network.in_block(pixels)
@@ -50,9 +55,7 @@ def check_stage_a(golden: Any) -> dict[str, Tensor]:
         if name in parameters:
             out[f"grad.{name}"] = parameters[name].grad
     buffers = dict(network.named_buffers())
-    return out | {
-        f"out.train_buffer.{name}": buffers[name] for name in golden.under("out.train_buffer.")
-    }
+    return out | {f"out.train_buffer.{name}": buffers[name] for name in golden.under("out.train_buffer.")}
 
 
 def check_discriminator(golden: Any) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """The semantic encoder and the previewer, a pair: pixels -> `latents_c`, and back to a small picture.
 
-The encoder is the feature stack of EfficientNetV2-S [Tan 2021, table 4] with a 1x1 convolution to 16 channels and a
-batch norm without learned scale, so that with its stored statistics latents have about zero mean and unit deviation
-per channel. The previewer is a plain stack of convolutions. Both run in eval mode except while they are trained.
-Parameter names are the official ones; the backbone's are torchvision's.
+The encoder is the feature stack of EfficientNetV2-S [Tan 2021, table 4] with a 1x1 convolution to 16 channels
+and a batch norm without learned scale, so that with its stored statistics latents have about zero mean and
+unit deviation per channel. The previewer is a plain stack of convolutions. Both run in eval mode except while
+they are trained. Parameter names are the official ones; the backbone's are torchvision's.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class SemanticEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal by fan-out for convolutions [He 2015, eq. 14], zero biases; norms start as the identity."""
+        """Kaiming-normal by fan-out for convolutions [He 2015, eq. 14], zero biases, norms the identity."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -158,7 +158,7 @@ class SemanticEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B,3,H,W) in [0,1], not normalised -> latents_c."""
-        return self.encode_normalised(normalise(pixels).to(self.mapper[0].weight.dtype))
+        return self.encode_normalised(normalise(pixels).to(next(self.parameters()).dtype))
 
     def encode_normalised(self, x: Tensor) -> Tensor:
         """The bare network, for pictures that already went through `normalise`."""

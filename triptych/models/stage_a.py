@@ -1,11 +1,12 @@
 """Stage A, a VQGAN with factor 4: pixels <-> `latents_b`, and the discriminator it is trained against.
 
-The published cascade never quantises: Stage B learns, and Stage A decodes, the continuous encoder output divided
-by `StageAConfig.scale`. The codebook serves only Stage A's own training (VQGAN, Esser 2021; the network itself is
-Paella's, Rampas 2022). Parameter names are the official ones; `gammas` are the six scalars of a mixing block.
+The published cascade never quantises: Stage B learns, and Stage A decodes, the continuous encoder output
+divided by `StageAConfig.scale`. The codebook serves only Stage A's own training (VQGAN, Esser 2021; the
+network itself is Paella's, Rampas 2022). Parameter names are the official ones; `gammas` are the six scalars
+of a mixing block.
 
-The autoencoder runs in the channels-last memory format, where layer norms and linears over channels need no copies;
-the discriminator does not, because instance norms are faster without.
+The autoencoder runs in the channels-last memory format, where layer norms and linears over channels need no
+copies; the discriminator does not, because instance norms are faster without.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Quantised(NamedTuple):
 
 
 class MixingBlock(nn.Module):
-    """Depthwise 3x3 then a pixel-wise MLP, both residual; six scalars, zero at birth, make it the identity."""
+    """Depthwise 3x3, then an MLP per pixel, both residual; six scalars, zero at birth, make it the identity."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -67,9 +68,10 @@ class MixingBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def reset_parameters(self) -> None:
-        for layer in (self.depthwise[1], self.channelwise[0], self.channelwise[2]):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (*self.depthwise, *self.channelwise):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.gammas)
 
     def _norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class Quantiser(nn.Module):
         codes = self.codebook.weight.float()  # distances are differences of close numbers: float32
         codes_squared = codes.square().sum(1)
         found = []
-        for rows in z.float().split(self.ROWS):
+        for rows in torch.split(z.float(), self.ROWS):
             squared = codes_squared + rows.square().sum(1, keepdim=True)
             found.append(torch.addmm(squared, rows, codes.T, alpha=-2).argmin(1))
         return torch.cat(found)
@@ -146,7 +148,7 @@ class StageA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Mixing blocks Xavier-uniform with zero gates, a small codebook; the other layers keep torch's defaults."""
+        """Mixing blocks Xavier-uniform with zero gates, a small codebook; all else as torch has it."""
         for module in self.modules():
             if isinstance(module, MixingBlock | Quantiser):
                 module.reset_parameters()
@@ -191,7 +193,7 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         for i, width in enumerate(config.widths):
             before = config.in_channels if i == 0 else config.widths[i - 1]
-            # The older spectral norm keeps `weight_orig`, `weight_u`, `weight_v`, which are the official names.
+            # The older spectral norm has `weight_orig`, `weight_u`, `weight_v`: the official names.
             layers.append(nn.utils.spectral_norm(nn.Conv2d(before, width, 3, stride=2, padding=1)))
             if i > 0:
                 layers.append(nn.InstanceNorm2d(width))
