@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triptych.checkpoints.keys import names_from_layout, names_in_layout
 from triptych.diffusion.loss import per_sample_loss
 from triptych.models.blocks import (
     AttentionBlock,
@@ -190,10 +191,29 @@ def check_stage_c_switch(golden: Any) -> dict[str, Tensor]:
     return {"out.default": build_stage_c(golden)(*(golden[f"in.{name}"] for name in names))}
 
 
+def check_diffusers_layout(golden: Any) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    """The sibling's official weights under diffusers names, and back: the same names, the same values."""
+    part = golden.kind.removeprefix("diffusers_layout_")
+    official, diffusers = golden.sibling(part).under("w."), golden.under("w.")
+    ours = our_names(official)
+    written = {}
+    for name, theirs in names_in_layout(ours, "diffusers", part).items():
+        written |= dict(zip(theirs, ours[name].chunk(len(theirs)), strict=True))
+    sources = names_from_layout(diffusers, "diffusers", part)
+    read = {name: torch.cat([diffusers[source] for source in names]) for name, names in sources.items()}
+    out: dict[str, Tensor | tuple[Tensor, Tensor]] = {f"w.{name}": tensor for name, tensor in written.items()}
+    for name in ours.keys() | read.keys():
+        nothing = torch.empty(0)
+        out[f"read.{name}"] = (read.get(name, nothing), ours.get(name, nothing))
+    return out
+
+
 CHECKS = {
     "blocks": check_blocks,
     "time_embedding": check_time_embedding,
     "stage_b": check_stage_b,
     "stage_c": check_stage_c,
     "stage_c_switch": check_stage_c_switch,
+    "diffusers_layout_stage_b": check_diffusers_layout,
+    "diffusers_layout_stage_c": check_diffusers_layout,
 }

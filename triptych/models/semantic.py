@@ -151,7 +151,8 @@ class SemanticEncoder(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming-normal by fan-out for convolutions [He 2015, eq. 14], zero biases, norms the identity."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # On the meta device a normal draw imports the whole of torch's compiler: seconds.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -58,7 +58,7 @@ class Quantised(NamedTuple):
 
 
 class MixingBlock(nn.Module):
-    """Depthwise 3x3, then an MLP per pixel, both residual; six scalars, zero at birth, make it the identity."""
+    """Depthwise 3x3, an MLP per pixel, both residual; six scalars, zero at birth, make it the identity."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -94,7 +94,8 @@ class Quantiser(nn.Module):
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
-        self.codebook = nn.Embedding(codes, width)
+        # This skips the normal draw of nn.Embedding, which on the meta device imports torch's compiler.
+        self.codebook = nn.Embedding.from_pretrained(torch.empty(codes, width), freeze=False)
 
     def reset_parameters(self) -> None:
         bound = 1 / self.codebook.num_embeddings
