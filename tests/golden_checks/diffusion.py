@@ -13,7 +13,7 @@ from triptych.diffusion.denoiser import Branch, Denoiser, Guidance
 from triptych.diffusion.loss import AdaptiveWeight, p2_weight
 from triptych.diffusion.prediction import add_noise, offset_noise, pyramid_noise, target, to_x0_eps
 from triptych.diffusion.samplers import SAMPLERS, Step, sample_ddim
-from triptych.diffusion.schedule import Schedule, alpha_sigma, training_times
+from triptych.diffusion.schedule import NORMALISER, Schedule, alpha_sigma, training_times
 
 KINDS = {"EpsilonTarget": "eps", "VTarget": "v", "X0Target": "x0"}
 
@@ -31,9 +31,7 @@ def check_schedule(golden: Any) -> dict[str, Tensor]:
     out["out.alpha"], out["out.sigma"] = alpha_sigma(logsnr)
     out["out.network_t"] = Schedule().time(logsnr)
     out["out.limits"] = Schedule().logsnr(torch.tensor([1.0, 0.0]))
-    # The normaliser is not public: it is what makes t' of a noiseless logsnr come out at t = 0.
-    s = golden.config["s"]
-    out["out.m"] = torch.cos(torch.tensor([math.pi / 2 * s / (1 + s)])) ** 2
+    out["out.m"] = torch.tensor([NORMALISER])
     for name, steps, start in (("4", 4, 1.0), ("10", 10, 1.0), ("20", 20, 1.0), ("16_from_0.8", 16, 0.8)):
         out[f"out.grid_{name}"], out[f"out.grid_{name}.logsnr.shift_2"] = Schedule(2.0).grid(steps, start)
     out["out.train_logsnr"] = Schedule().logsnr(training_times(golden["in.train_uniform"]))
@@ -80,7 +78,8 @@ def check_training_noise(golden: Any) -> dict[str, Tensor]:
             "network_t": schedule.time(logsnr),
             "noised": noised,
             "target": wanted,
-            "p2_weight": p2_weight(logsnr),
+            # Recorded with a loss shift equal to the schedule's, which undoes it.
+            "p2_weight": p2_weight(logsnr + 2 * math.log(shift)),
             "recovered_x0": recovered_x0,
             "recovered_eps": recovered_eps,
         }

@@ -64,7 +64,7 @@ class Schedule:
         grid the sampler stands: 0.99358 at the start of sampling, whatever the shift.
         """
         alpha_squared = torch.sigmoid(logsnr.float()).clamp(0.0, 1.0)
-        angle = torch.arccos((alpha_squared * _NORMALISER).sqrt())
+        angle = torch.arccos((alpha_squared * NORMALISER).sqrt())
         return (angle / (math.pi * 0.5) * (1 + OFFSET) - OFFSET).clamp(0.0, 1.0)
 
     def grid(self, steps: int, start: float = 1.0, end: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -89,13 +89,13 @@ def _unshifted_logsnr(t: Tensor) -> Tensor:
     # The cosine is clamped before it is squared: at t = 1 rounding can leave it just below zero.
     t = t.float().clamp(0.0, 1.0)
     cosine = torch.cos((OFFSET + t) / (1 + OFFSET) * math.pi * 0.5).clamp(0.0, 1.0)
-    alpha_squared = (cosine**2 / _NORMALISER).clamp(VARIANCE_MIN, VARIANCE_MAX)
+    alpha_squared = (cosine**2 / NORMALISER).clamp(VARIANCE_MIN, VARIANCE_MAX)
     return torch.log(alpha_squared / (1 - alpha_squared))
 
 
 # Plain floats holding float32 values, always worked out on the CPU, so that every device and every
-# default dtype sees the same numbers.
-_NORMALISER = float(
+# default dtype sees the same numbers. The first makes alpha^2 = 1 at t = 0.
+NORMALISER = float(
     torch.cos(torch.tensor(OFFSET / (1 + OFFSET) * math.pi * 0.5, dtype=torch.float32, device="cpu")) ** 2
 )
 _LOW, _HIGH = _unshifted_logsnr(torch.tensor([1.0, 0.0], dtype=torch.float32, device="cpu")).tolist()
