@@ -129,6 +129,8 @@ class Trunk(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh weights as published (ARCHITECTURE.md section 6); a fresh network outputs exactly zero."""
+        if self.embedding[1].weight.is_meta:  # weights follow from a file; a normal draw on the meta device
+            return  #                           would import torch's whole compiler, which takes seconds
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
