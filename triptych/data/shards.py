@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from triptych.errors import DataError
+from triptych.images import flatten
 
 PICTURE_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
 SHARE_ALIKE = "CC-BY-SA-4.0"
@@ -227,7 +228,7 @@ class ShardIndex:
     def _load(self, entry: _Entry) -> Sample:
         assert entry.picture is not None
         with Image.open(io.BytesIO(self._files.read(entry.picture))) as opened:
-            image = _flatten(opened)
+            image = flatten(opened)
         meta = self._meta(entry)
         listed = meta.get("captions", [])
         captions = [c for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
@@ -236,15 +237,6 @@ class ShardIndex:
             captions = [main, *(c for c in captions if c != main)]
         licence = str(meta.get("license", meta.get("licence", "")))
         return Sample(entry.key, image, tuple(captions), meta, licence, entry.shard)
-
-
-def _flatten(picture: Image.Image) -> Image.Image:
-    """RGB, transparent parts on white."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
 
 
 def _expand(path: Path) -> list[Path]:
@@ -293,7 +285,7 @@ def _scan_tar(shard: Path, broken: list[Broken]) -> list[_Entry]:
 
 
 def _scan_folder(folder: Path) -> list[_Entry]:
-    """The samples of a folder and its subfolders, in name order. A lone .txt or .json is no sample there."""
+    """The samples of a folder and its subfolders, in name order. A lone caption is none."""
     entries: dict[str, _Entry] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()

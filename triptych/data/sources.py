@@ -1,0 +1,92 @@
+"""Where training pictures come from, all seen alike: numbered, sized, readable in any order.
+
+A `Source` is anything with these four methods; `ShardIndex` is one. `DrawnShapes` draws its pictures when
+they are read, and `Joined` puts several sources one behind the other, some more than once to give them more
+weight.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from triptych.data.shapes import BASE, draw_shapes
+from triptych.data.shards import Sample
+from triptych.errors import DataError
+
+
+class Source(Protocol):
+    """Numbered samples. `read` gives None, and `size` too, for one that cannot be read."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+    def size(self, index: int) -> tuple[int, int] | None: ...
+
+    def read(self, index: int) -> Sample | None: ...
+
+
+class DrawnShapes:
+    """`count` procedural pictures: number i is `draw_shapes(first_seed + i)`, canvases taken in turn.
+
+    `canvases` are (height, width); drawing straight on the canvas of a bucket keeps every object inside.
+    """
+
+    def __init__(
+        self, count: int, first_seed: int = 0, canvases: Sequence[tuple[int, int]] = ((BASE, BASE),)
+    ) -> None:
+        if count < 1 or not canvases:
+            raise DataError(f"Drawn shapes need a count of at least 1 and a canvas, got {count}.")
+        self.count = count
+        self.first_seed = first_seed
+        self.canvases = tuple(canvases)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return f"shapes_{self.first_seed + index:08d}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.canvases[index % len(self.canvases)]
+
+    def read(self, index: int) -> Sample:
+        height, width = self.size(index)
+        return draw_shapes(self.first_seed + index, width, height)
+
+
+class Joined:
+    """Several sources as one. `repeats[k]` says how often source k appears (default once each)."""
+
+    def __init__(self, sources: Sequence[Source], repeats: Sequence[int] | None = None) -> None:
+        repeats = repeats or [1] * len(sources)
+        if len(repeats) != len(sources) or not sources or min(repeats) < 1:
+            raise DataError(
+                f"{len(sources)} sources need as many repeats of at least 1, got {list(repeats)}."
+            )
+        self._parts = [source for source, times in zip(sources, repeats, strict=True) for _ in range(times)]
+        self._ends = list(accumulate(len(part) for part in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._ends, index)
+        return self._parts[part], index - (self._ends[part - 1] if part else 0)
+
+    def key(self, index: int) -> str:
+        source, inner = self._find(index)
+        return source.key(inner)
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        source, inner = self._find(index)
+        return source.size(inner)
+
+    def read(self, index: int) -> Sample | None:
+        source, inner = self._find(index)
+        return source.read(inner)
