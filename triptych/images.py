@@ -98,6 +98,13 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) ->
     return buffer.getvalue()
 
 
+def encode_jpeg(image: Image.Image) -> bytes:
+    """The bytes of a JPEG file, for previews."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def write_new(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
     """Write `content` as folder/stem+suffix, or stem-2, stem-3, ... when the name is taken.
 
