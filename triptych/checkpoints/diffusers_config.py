@@ -1,4 +1,4 @@
-"""The JSON files of diffusers' model folders, from our configurations. Published values as in the hub's folders."""
+"""The JSON files of diffusers' model folders, from our configurations; fixed values as in the hub's folders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ IMAGE_PROCESSOR = {
 
 
 def model_config(part: str, config: Any) -> dict[str, Any]:
-    """config.json of one part's folder: "stage_a" a PaellaVQModel, "stage_b" and "stage_c" a StableCascadeUNet.
+    """config.json of one part's folder: Stage A is a PaellaVQModel, Stages B and C a StableCascadeUNet.
 
     Raises `CheckpointError` for parts and blocks that diffusers does not have.
     """

@@ -225,12 +225,13 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def part_info(header: Header) -> PartInfo | None:
+def part_info(header: Header, part: str | None = None) -> PartInfo | None:
     """The `PartInfo` in a header, None for files that triptych did not write.
 
+    Files with several parts have a further entry for each, `triptych.<part>`, which `part` asks for first.
     Raises `CheckpointError` when the entry is there and damaged or of a newer format.
     """
-    text = header.metadata.get(METADATA_KEY)
+    text = header.metadata.get(f"{METADATA_KEY}.{part}", header.metadata.get(METADATA_KEY))
     if text is None:
         return None
     try:

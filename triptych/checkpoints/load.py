@@ -109,7 +109,8 @@ def read_part(path: str | os.PathLike[str], part: str | None = None, *, size: st
             f"{', '.join(NETWORKS)} can be loaded."
         )
     tensors, layout = own_tensors(header, sniffed, wanted)
-    stored = part_info(header)
+    stored = part_info(header, wanted)
+    stored = stored if stored is not None and stored.part == wanted else None
     config = _config(header, stored, wanted, tensors)
     name = next((name for name, preset in SIZES[wanted].items() if preset == config), None)
     info = stored or PartInfo(wanted, settings=dict(PUBLISHED_SETTINGS.get(wanted, {})))
@@ -158,7 +159,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 def _config(header: Header, stored: PartInfo | None, part: str, tensors: Mapping[str, Tensor]) -> Any:
     """From our metadata, else from the diffusers config.json beside the file, else from the shapes."""
     _, config_class = NETWORKS[part]
-    if stored is not None and stored.part == part and stored.config:
+    if stored is not None and stored.config:
         try:
             return config_class(**stored.config)
         except (TypeError, ValueError) as error:
