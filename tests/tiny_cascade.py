@@ -66,9 +66,7 @@ def write_tiny_cascade(folder: Path, dtype: torch.dtype | None = None) -> Path:
         config = json.loads(json.dumps(dataclasses.asdict(network.config)))
         info = PartInfo(part, config=config, settings=settings, recipe="tests", licence="CC0-1.0")
         stored = dtype if part in ("stage_b", "stage_c") else None
-        write_part(
-            folder / f"{part}.safetensors", randomise(network, seed).state_dict(), info, stored
-        )
+        write_part(folder / f"{part}.safetensors", randomise(network, seed).state_dict(), info, stored)
     (folder / "tokenizer.json").write_text(json.dumps(word_tokenizer()), encoding="utf-8")
     return folder
 

@@ -8,12 +8,12 @@ where a map of 4 x width channels stands a few times beside the stored outputs o
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -27,7 +27,7 @@ HEADROOM = 0.9  # of what is free; allocators and libraries take the rest
 MAPS_INSIDE = 3  # copies of the 4 x width map alive inside a convolution block
 GUIDED = 2  # both branches of guidance run as one batch
 
-_BLOCK = re.compile(r"^(?:model\.diffusion_model\.)?((?:down|up)_blocks\.\d+\.\d+|.*\blayers\.\d+)\.")
+_BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.\d+|\blayers\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,18 @@ def measure(stage: str, header: Header, working: int) -> Need:
     for name, entry in header.entries.items():
         count = (entry.end - entry.start) // ITEM_BYTES[entry.dtype]
         numbers += count
-        match = _BLOCK.match(name)
+        match = _BLOCK.search(name)
         if match:
             blocks[match[1]] += count
     stored = sum(entry.end - entry.start for entry in header.entries.values())
     inside = sum(blocks.values())
     return Need(stage, numbers, stored, max(blocks.values(), default=0), numbers - inside, working)
+
+
+def text_working(header: Header, item: int) -> int:
+    """Bytes a text tower works in: a few windows of at most 77 tokens, in maps four times its width."""
+    widest = max(entry.shape[-1] for entry in header.entries.values() if entry.shape)
+    return 8 * 77 * 4 * widest * item
 
 
 def trunk_working(config: TrunkConfig, height: int, width: int, pictures: int, item: int) -> int:
@@ -139,9 +145,7 @@ def _system_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError, AttributeError, ImportError):
-        import os
-
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 2**62  # unknown: let the allocator decide
 
@@ -149,7 +153,7 @@ def _system_memory() -> int:
 def _group_memory() -> int | None:
     """What a container's control group leaves; file pages it holds are given back on demand."""
     version2, version1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
-    names: tuple[tuple[Path, str, str, Literal["inactive_file", "total_inactive_file"]], ...] = (
+    names = (
         (version2, "memory.max", "memory.current", "inactive_file"),
         (version1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     )
@@ -162,12 +166,11 @@ def _group_memory() -> int | None:
 
 
 def _process_memory() -> int | None:
-    """What `ulimit -v` leaves of the address space."""
-    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
+    """What `ulimit -v` leaves of the address space; None where there is no such limit."""
+    with contextlib.suppress(OSError, ValueError):
+        limits = Path("/proc/self/limits").read_text()
+        found = re.search(r"^Max address space\s+(\d+)", limits, re.MULTILINE)
+        if found:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            return limit - pages * resource.getpagesize()
+            return int(found[1]) - pages * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -11,9 +11,7 @@ depends on the others of its batch by rounding only.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from triptych.checkpoints.catalog import ModelFiles, find_model
-from triptych.checkpoints.headers import read_header
-from triptych.conditioning.encode import Conditioning, TextEncoder, cat, condition
+from triptych.conditioning.encode import Conditioning, cat, condition
 from triptych.diffusion.denoiser import Branch, Denoiser, Guidance, Predict
 from triptych.diffusion.samplers import SAMPLERS, Step
 from triptych.diffusion.schedule import Schedule
-from triptych.errors import CapacityError, RequestError
+from triptych.errors import RequestError
 from triptych.images import to_images
 from triptych.models.stage_a import StageAConfig
 from triptych.models.stage_b import StageBConfig
@@ -41,14 +38,16 @@ from triptych.pipelines.capacity import (
     measure,
     plan,
     refusal,
+    text_working,
     trunk_working,
 )
 from triptych.pipelines.noise import START, draw_batch
 from triptych.pipelines.parts import Parts
 from triptych.pipelines.placement import choose_device, choose_dtype
-from triptych.pipelines.request import Picture, Request, Result, picture_metadata
+from triptych.pipelines.request import Picture, Request, Result, Sampling, picture_metadata
 from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_b, latent_size_c
 
+PLANNED = ("text_encoder", "stage_c", "stage_b", "stage_a")
 IDENTITY = ("model", "stage_a", "stage_b", "stage_c", "text_encoder", "device", "dtype", "low_memory")
 
 
@@ -94,7 +93,6 @@ class Cascade:
         self.device = choose_device(request.device)
         self.dtype = choose_dtype(request.dtype, self.device)
         self.parts = Parts(files, self.device, self.dtype)
-        self.timings: dict[str, float] = {}
 
     @classmethod
     def load(
@@ -159,9 +157,7 @@ class Cascade:
         assert result is not None
         return result
 
-    def stream(
-        self, prompt: str | Sequence[str] | Request, **settings: Any
-    ) -> Generator[Event, None, None]:
+    def stream(self, prompt: str | Sequence[str] | Request, **settings: Any) -> Generator[Event, None, None]:
         """As `generate`, but yields an Event for every step; the last one carries the result.
 
         The request is checked at once. Closing the generator cancels the rest.
@@ -176,7 +172,7 @@ class Cascade:
         return self._run(request)
 
     def _run(self, request: Request) -> Generator[Event, None, None]:
-        self.timings, self.parts.load_seconds = {}, 0.0
+        self.parts.timings = {}
         pictures = request.pictures()
         yield Event("text", 0, 1, pictures)
         batches = self._read_prompts(request, pictures)
@@ -196,7 +192,7 @@ class Cascade:
             latents_c=_in_order(batches, "latents_c"),
             latents_b=_in_order(batches, "latents_b"),
             request=request,
-            timings=self.timings | {"load": self.parts.load_seconds},
+            timings=dict(self.parts.timings),
             metadata=[metadata[picture.index] for picture in pictures],
         )
         yield Event("done", 1, 1, pictures, result=result)
@@ -209,10 +205,11 @@ class Cascade:
         """
         width = StageCConfig(**self.parts.info("stage_c").config).image_width
         read: dict[str, Conditioning] = {}
-        with self.parts.turn("text_encoder") as encoder, self._timed("text"):
+        with self.parts.turn("text_encoder") as encoder, self.parts.timed("text"):
             for prompt in request.prompts:
                 if prompt not in read:
-                    read[prompt] = _read(encoder, prompt, request.negative, width)
+                    read[prompt] = condition(encoder, [prompt, request.negative], image_width=width)
+                    self._check(read[prompt].text_hidden, "text_encoder")
         groups: dict[int, list[Picture]] = {}
         for picture in pictures:
             groups.setdefault(read[picture.prompt].text_hidden.shape[1], []).append(picture)
@@ -227,12 +224,10 @@ class Cascade:
 
     def _stage_c(self, request: Request, batch: Batch) -> Iterator[Event]:
         """Text -> latents_c."""
-        settings = self.parts.info("stage_c").settings
-        width, height = _size(request)
-        shape = (16, *latent_size_c(height, width, settings.get("pixels_per_latent", PIXELS_PER_LATENT_C)))
         cond, uncond = (part.to(self.device, self.dtype) for part in (batch.cond, batch.uncond))
         both = cat(cond, uncond)
         with self.parts.turn("stage_c") as network:
+            shape = (network.config.channels, *self._size_c(request))
 
             def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
                 told = both if len(branches) == 2 else cond
@@ -241,10 +236,7 @@ class Cascade:
                     answer = network(x, t, told.text_hidden, told.text_pooled, told.image_embed)
                 return answer.float().chunk(len(branches))
 
-            steps = self._sample(
-                "stage_c", predict, shape, batch, request.steps, request.guidance, request.sampler
-            )
-            for step in steps:
+            for step in self._sample("stage_c", predict, shape, batch, request.sampling("stage_c")):
                 batch.latents_c = step.x0
                 previews = self._preview(step.x0) if request.preview else None
                 yield Event("stage_c", step.index + 1, step.steps, batch.pictures, previews)
@@ -253,11 +245,11 @@ class Cascade:
         """latents_c and pooled text -> latents_b."""
         assert batch.latents_c is not None
         width, height = _size(request)
-        shape = (4, *latent_size_b(height, width))
         semantic = batch.latents_c.to(self.device, self.dtype)
         both = torch.cat([semantic, torch.zeros_like(semantic)])
         pooled = cat(batch.cond, batch.uncond).text_pooled.to(self.device, self.dtype)
         with self.parts.turn("stage_b") as network:
+            shape = (network.config.channels, *latent_size_b(height, width))
 
             def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
                 rows = len(branches) * len(batch.pictures)
@@ -266,16 +258,7 @@ class Cascade:
                     answer = network(x, t, both[:rows], pooled[:rows])
                 return answer.float().chunk(len(branches))
 
-            steps = self._sample(
-                "stage_b",
-                predict,
-                shape,
-                batch,
-                request.decoder_steps,
-                request.decoder_guidance,
-                request.decoder_sampler,
-            )
-            for step in steps:
+            for step in self._sample("stage_b", predict, shape, batch, request.sampling("stage_b")):
                 batch.latents_b = step.x0
                 yield Event("stage_b", step.index + 1, step.steps, batch.pictures)
         batch.latents_c = batch.latents_c.cpu()
@@ -285,8 +268,10 @@ class Cascade:
         assert batch.latents_b is not None
         with self.parts.turn("stage_a") as network:
             for row in range(len(batch.pictures)):
-                with self._timed("stage_a"), torch.no_grad():
-                    (image,) = to_images(network.decode(batch.latents_b[row : row + 1].float()))
+                with self.parts.timed("stage_a"), torch.no_grad():
+                    pixels = network.decode(batch.latents_b[row : row + 1].float())
+                    self._check(pixels, "stage_a")
+                    (image,) = to_images(pixels)
                 stored = picture_metadata(request, batch.pictures, row)
                 yield Event("stage_a", row + 1, len(batch.pictures), batch.pictures, None, image, stored)
         batch.latents_b = batch.latents_b.cpu()
@@ -297,29 +282,30 @@ class Cascade:
         predict: Predict,
         shape: tuple[int, ...],
         batch: Batch,
-        steps: int | None,
-        weight: float | None,
-        sampler: str | None,
+        how: Sampling,
     ) -> Iterator[Step]:
         """Run the sampler of one stage from noise; the state is float32 whatever the network computes in."""
-        assert steps is not None and weight is not None and sampler is not None  # the request is resolved
         settings = self.parts.info(stage).settings
         schedule = Schedule(settings["shift"])
-        guidance = None if weight == 1 else Guidance(weight, rescale=settings["rescale"])
+        guidance = None if how.guidance == 1 else Guidance(how.guidance, rescale=settings["rescale"])
         denoise = Denoiser(predict, schedule, settings["prediction"], guidance)
 
         def noise(step: int) -> Tensor:
             return draw_batch(batch.seeds, stage, step, shape).to(self.device)
 
-        run = SAMPLERS[sampler](denoise, noise(START), *schedule.grid(steps), noise)
+        run = SAMPLERS[how.sampler](denoise, noise(START), *schedule.grid(how.steps), noise)
         while True:
-            with self._timed(stage):
+            with self.parts.timed(stage):
                 step = next(run, None)
             if step is None:
                 return
-            if not bool(torch.isfinite(step.x0).all()):
-                raise self.parts.blame(stage)
+            self._check(step.x0, stage)
             yield step
+
+    def _check(self, numbers: Tensor, part: str) -> None:
+        """Raise CheckpointError when a network answered NaN or infinity: no such picture is ever written."""
+        if not bool(torch.isfinite(numbers).all()):
+            raise self.parts.blame(part)
 
     def _preview(self, latents_c: Tensor) -> list[Image.Image]:
         with self.parts.turn("previewer") as network, torch.no_grad():
@@ -349,34 +335,30 @@ class Cascade:
     def _needs(self, request: Request) -> list[Need]:
         item, pictures = self.dtype.itemsize, min(request.batch or 1, len(request.prompts) * request.count)
         width, height = _size(request)
-        info = {part: self.parts.info(part) for part in ("stage_c", "stage_b", "stage_a")}
-        size_c = latent_size_c(height, width, info["stage_c"].settings.get("pixels_per_latent", 42.67))
-        working = {
-            "stage_c": trunk_working(StageCConfig(**info["stage_c"].config), *size_c, pictures, item),
-            "stage_b": trunk_working(
-                StageBConfig(**info["stage_b"].config), *latent_size_b(height, width), pictures, item
-            ),
-            "stage_a": decode_working(StageAConfig(**info["stage_a"].config), height, width),
+        stage_c = StageCConfig(**self.parts.info("stage_c").config)
+        stage_b = StageBConfig(**self.parts.info("stage_b").config)
+        stage_a = StageAConfig(**self.parts.info("stage_a").config)
+        headers = {
+            part: self.parts.header(part) for part in ("text_encoder", "stage_c", "stage_b", "stage_a")
         }
-        return [measure(part, read_header(self.parts.path(part)), working[part]) for part in working]
+        working = {
+            "text_encoder": text_working(headers["text_encoder"], item),
+            "stage_c": trunk_working(stage_c, *self._size_c(request), pictures, item),
+            "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
+            "stage_a": decode_working(stage_a, height, width),
+        }
+        return [measure(part, headers[part], working[part]) for part in working]
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - start
+    def _size_c(self, request: Request) -> tuple[int, int]:
+        """Rows and columns of latents_c."""
+        width, height = _size(request)
+        settings = self.parts.info("stage_c").settings
+        return latent_size_c(height, width, settings.get("pixels_per_latent", PIXELS_PER_LATENT_C))
 
 
 def _size(request: Request) -> tuple[int, int]:
     assert request.size is not None  # the request is resolved
     return request.size
-
-
-def _read(encoder: TextEncoder, prompt: str, negative: str, image_width: int) -> Conditioning:
-    """Two rows, the prompt and its negative, equally long and without a picture."""
-    return condition(encoder, [prompt, negative], image_width=image_width)
 
 
 def _rows(read: Sequence[Conditioning], row: int) -> Conditioning:

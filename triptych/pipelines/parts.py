@@ -6,19 +6,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from triptych.checkpoints.catalog import ModelFiles
 from triptych.checkpoints.files import check_finite, read_tensors
-from triptych.checkpoints.headers import PartInfo
+from triptych.checkpoints.headers import Header, PartInfo, read_header
 from triptych.checkpoints.load import load_part, read_part
 from triptych.conditioning.encode import TextEncoder, load_minilm
 from triptych.errors import CapacityError, CheckpointError
 from triptych.pipelines.placement import Placement, Weights, place
 
+ALLOCATORS_SAY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 FLOAT32_PARTS = ("stage_a", "previewer")  # they make pixels: bfloat16 would show as banding
 
 
@@ -31,7 +32,7 @@ class Parts:
         self.dtype = dtype
         self.weights: dict[str, Weights] = {}
         self.keep = True
-        self.load_seconds = 0.0
+        self.timings: dict[str, float] = {}  # seconds by stage; loading is counted here
         self._loaded: dict[str, Any] = {}
         self._described: dict[str, PartInfo] = {}
 
@@ -48,19 +49,32 @@ class Parts:
             self._described[part] = read_part(self.path(part), part).info
         return self._described[part]
 
+    def header(self, part: str) -> Header:
+        """The header of a part's weights; those of a tower may be in a folder."""
+        path = self.path(part)
+        return read_header(min(path.glob("*.safetensors"), default=path) if path.is_dir() else path)
+
     @contextmanager
     def turn(self, part: str) -> Iterator[Any]:
         """The network of `part` (a TextEncoder for "text_encoder"), released after unless parts are kept."""
         with memory_errors(part):
             if part not in self._loaded:
-                start = time.perf_counter()
-                self._loaded[part] = self._load(part)
-                self.load_seconds += time.perf_counter() - start
+                with self.timed("load"):
+                    self._loaded[part] = self._load(part)
             try:
                 yield self._loaded[part]
             finally:
                 if not self.keep:
                     self.release(part)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds spent inside to `timings[stage]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - start
 
     def release(self, *parts: str) -> None:
         """Let go of the named parts, or of all of them."""
@@ -76,14 +90,15 @@ class Parts:
         placement = Placement(self.device, dtype, self.weights.get(part, "resident"))
         if part == "text_encoder":
             encoder = load_minilm(self.path(part), self.files.tokenizer)
-            place(encoder.tower, placement)
+            place(cast(nn.Module, encoder.tower), placement)
             return encoder
         network, _ = load_part(self.path(part), part, finite=False)
         return place(network, placement)
 
     def blame(self, part: str) -> CheckpointError:
         """The error for a network that answered NaN or infinity: the file's fault, or the precision's."""
-        check_finite(read_tensors(self.path(part)), self.path(part))
+        header = self.header(part)
+        check_finite(read_tensors(header.path, header=header), header.path)
         return CheckpointError(
             f"{part} of {self.files.name} computed numbers that are not finite in {self.dtype}, although its "
             "weights are; try --dtype float32."
@@ -98,9 +113,10 @@ def memory_errors(part: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, CapacityError):
             raise
-        text = str(error).lower()
+        said = str(error).lower()
         starved = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if starved or "can't allocate memory" in text or "not enough memory" in text or "cannot allocate" in text:
+        starved = starved or any(phrase in said for phrase in ALLOCATORS_SAY)
+        if starved:
             raise CapacityError(
                 f"Memory ran out in {part}. Try --low-memory, a smaller --size, or --batch 1."
             ) from error

@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
         available[:0] = ["cuda", *(f"cuda:{index}" for index in range(1, torch.cuda.device_count()))]
     if name == "auto":
         return torch.device(available[0])
-    if name not in available and name != "cuda:0" or name == "cuda:0" and "cuda" not in available:
+    if name.replace("cuda:0", "cuda") not in available:
         raise RequestError(f'There is no device "{name}" here; this machine has {", ".join(available)}.')
     return torch.device(name)
 

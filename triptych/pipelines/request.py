@@ -124,12 +124,23 @@ class Request(BaseModel):
         """One entry per picture, prompt by prompt. The seed must be known (see `resolve`)."""
         if self.seed is None and self.seeds is None:
             raise RequestError("This request has no seed yet; resolve it first.")
-        found = []
+        found: list[Picture] = []
         for prompt in self.prompts:
             for number in range(self.count):
                 seed = self.seeds[len(found)] if self.seeds is not None else (self.seed or 0) + number
                 found.append(Picture(len(found), prompt, seed))
         return found
+
+    def sampling(self, stage: str) -> Sampling:
+        """How "stage_c" or "stage_b" is sampled. The request must be resolved."""
+        of_stage = {
+            "stage_c": (self.steps, self.guidance, self.sampler),
+            "stage_b": (self.decoder_steps, self.decoder_guidance, self.decoder_sampler),
+        }
+        steps, guidance, sampler = of_stage[stage]
+        if steps is None or guidance is None or sampler is None:
+            raise RequestError("This request still has defaults to fill in; resolve it first.")
+        return Sampling(steps, guidance, sampler)
 
     def replaced(self, **changes: Any) -> Request:
         """A checked copy with some fields changed."""
@@ -157,6 +168,15 @@ class Request(BaseModel):
             decoder_sampler=self.decoder_sampler or stage_b["sampler"],
             batch=self.batch or (1 if self.low_memory else MAX_BATCH),
         )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one stage is sampled, with every default filled in."""
+
+    steps: int
+    guidance: float
+    sampler: str
 
 
 @dataclass(frozen=True)
@@ -240,7 +260,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         place = ".".join(str(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
             key = str(mistake["loc"][-1])
-            sentences.append(f'There is no setting "{place}": {nearest(key, _fields(model, mistake["loc"]))}.')
+            sentences.append(
+                f'There is no setting "{place}": {nearest(key, _fields(model, mistake["loc"]))}.'
+            )
         elif mistake["type"] == "missing":
             sentences.append(f"The setting {place} is missing.")
         else:

@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from triptych.apps.cli.progress import stage_progress
 from triptych.errors import CapacityError, RequestError
@@ -37,30 +38,40 @@ RUN_OPTIONS = ("like", "out", "json_output", "preview")
 
 
 def generate(
-    prompt: Optional[str] = typer.Argument(None, help="What to draw, taken literally.", show_default=False),  # noqa: UP045
-    count: Optional[int] = typer.Option(None, help="Number of pictures; picture i has seed + i. [1]"),  # noqa: UP045
-    size: Optional[str] = typer.Option(None, help="Width x height in pixels, such as 256x256."),  # noqa: UP045
-    negative: Optional[str] = typer.Option(None, help="What to steer away from."),  # noqa: UP045
-    seed: Optional[int] = typer.Option(None, help="Seed of the first picture; drawn when not given."),  # noqa: UP045
-    steps: Optional[int] = typer.Option(None, help="Steps of Stage C, which decides what is drawn."),  # noqa: UP045
-    guidance: Optional[float] = typer.Option(None, help="How strongly Stage C follows the prompt; 1 is off."),  # noqa: UP045
-    decoder_steps: Optional[int] = typer.Option(None, help="Steps of Stage B, which draws the detail."),  # noqa: UP045
-    decoder_guidance: Optional[float] = typer.Option(None, help="Guidance of Stage B; 1 is off."),  # noqa: UP045
-    sampler: Optional[str] = typer.Option(None, help="ddpm, ddim, euler, dpmpp_2m or lcm, for Stage C."),  # noqa: UP045
-    decoder_sampler: Optional[str] = typer.Option(None, help="The same for Stage B."),  # noqa: UP045
-    out: Path = typer.Option(Path("."), help="Folder for the pictures; made when it is not there."),
-    model: Optional[str] = typer.Option(None, help="mini, cascade, cascade-lite, a hub name or a folder. [mini]"),  # noqa: UP045
-    stage_c: Optional[str] = typer.Option(None, help="Another Stage C: 3.6b, 1b or a file."),  # noqa: UP045
-    stage_b: Optional[str] = typer.Option(None, help="Another Stage B: 1.5b, 700m or a file."),  # noqa: UP045
-    stage_a: Optional[str] = typer.Option(None, help="Another Stage A: a file."),  # noqa: UP045
-    text_encoder: Optional[str] = typer.Option(None, help="Another text tower: a file or folder."),  # noqa: UP045
-    device: Optional[str] = typer.Option(None, help="auto, cuda, cuda:1, mps or cpu. [auto]"),  # noqa: UP045
-    dtype: Optional[str] = typer.Option(None, help="auto, float32, bfloat16 or float16. [auto]"),  # noqa: UP045
-    low_memory: bool = typer.Option(False, "--low-memory", help="One stage at a time, weights left on disk."),
-    batch: Optional[int] = typer.Option(None, help="Pictures that share a network call. [up to 4]"),  # noqa: UP045
-    like: Optional[Path] = typer.Option(None, help="Repeat this picture; other options change one thing."),  # noqa: UP045
-    preview: bool = typer.Option(False, "--preview", help="Keep NAME.preview.jpg up to date while Stage C runs."),
-    json_output: bool = typer.Option(False, "--json", help="Print JSON alone: pictures, settings, timings."),
+    prompt: Annotated[str | None, Argument(help="What to draw, taken literally.", show_default=False)] = None,
+    count: Annotated[int | None, Option(help="Number of pictures; picture i has seed + i. [1]")] = None,
+    size: Annotated[str | None, Option(help="Width x height in pixels, such as 256x256.")] = None,
+    negative: Annotated[str | None, Option(help="What to steer away from.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the first picture; drawn when not given.")] = None,
+    steps: Annotated[int | None, Option(help="Steps of Stage C, which decides what is drawn.")] = None,
+    guidance: Annotated[
+        float | None, Option(help="How strongly Stage C follows the prompt; 1 is off.")
+    ] = None,
+    decoder_steps: Annotated[int | None, Option(help="Steps of Stage B, which draws the detail.")] = None,
+    decoder_guidance: Annotated[float | None, Option(help="Guidance of Stage B; 1 is off.")] = None,
+    sampler: Annotated[str | None, Option(help="ddpm, ddim, euler, dpmpp_2m or lcm, for Stage C.")] = None,
+    decoder_sampler: Annotated[str | None, Option(help="The same for Stage B.")] = None,
+    out: Annotated[Path, Option(help="Folder for the pictures; made when it is not there.")] = Path("."),
+    model: Annotated[
+        str | None, Option(help="mini, cascade, cascade-lite, a hub name or a folder. [mini]")
+    ] = None,
+    stage_c: Annotated[str | None, Option(help="Another Stage C: 3.6b, 1b or a file.")] = None,
+    stage_b: Annotated[str | None, Option(help="Another Stage B: 1.5b, 700m or a file.")] = None,
+    stage_a: Annotated[str | None, Option(help="Another Stage A: a file.")] = None,
+    text_encoder: Annotated[str | None, Option(help="Another text tower: a file or folder.")] = None,
+    device: Annotated[str | None, Option(help="auto, cuda, cuda:1, mps or cpu. [auto]")] = None,
+    dtype: Annotated[str | None, Option(help="auto, float32, bfloat16 or float16. [auto]")] = None,
+    low_memory: Annotated[
+        bool, Option("--low-memory", help="One stage at a time, weights left on disk.")
+    ] = False,
+    batch: Annotated[int | None, Option(help="Pictures that share a network call. [up to 4]")] = None,
+    like: Annotated[Path | None, Option(help="Repeat this picture; other options change one thing.")] = None,
+    preview: Annotated[
+        bool, Option("--preview", help="Keep NAME.preview.jpg up to date while Stage C runs.")
+    ] = False,
+    json_output: Annotated[
+        bool, Option("--json", help="Print JSON alone: pictures, settings, timings.")
+    ] = False,
 ) -> None:
     given = {
         name: value
@@ -90,7 +101,7 @@ def generate(
                         typer.echo(f"{saved[-1]['path']}  seed {saved[-1]['seed']}")
     finally:
         if saved:
-            seconds.update(cascade.timings)
+            seconds.update(cascade.parts.timings)
             seconds["total"] = time.perf_counter() - STARTED
             report(saved, request, seconds, json_output)
 
