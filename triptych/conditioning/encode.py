@@ -13,12 +13,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from triptych.checkpoints.files import read_metadata, read_tensors
-from triptych.checkpoints.int8 import widen
-from triptych.conditioning.tokenizer import MINILM_WINDOW, Tokenizer, Window, wordpiece_tokenizer
-from triptych.errors import CheckpointError
-from triptych.models.minilm import MiniLM, MiniLMConfig
+from triptych.conditioning.tokenizer import Tokenizer, Window
+from triptych.conditioning.towers import load_image_tower, load_minilm_tower, load_text_tower
 
 
 class TextTower(Protocol):
@@ -105,27 +103,63 @@ class TextEncoder:
         return hidden, pooled.float()[places[::count]]
 
 
-def load_minilm(path: Path | str, tokenizer: Path | str | None = None) -> TextEncoder:
-    """The small text encoder from a part file and its `tokenizer.json` (beside it when not given).
+class ImageTower(Protocol):
+    """A network that looks at squares of `side` pixels: the CLIP image tower, or our small one."""
 
-    Matrices stored as int8 rows are widened to float32. Raises CheckpointError when the file does not fit.
+    @property
+    def side(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class ImageEncoder:
+    """Pictures of any size in, embeddings out."""
+
+    def __init__(self, tower: ImageTower) -> None:
+        self.tower = tower
+        self.width = tower.width
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Embeddings (B, width), float32, on the tower's device, of pictures (B, 3, H, W) in [0, 1]."""
+        device = next(self.tower.parameters()).device
+        return self.tower(centre_square(pixels.to(device), self.tower.side)).float()
+
+
+def centre_square(pixels: Tensor, side: int, antialias: bool = True) -> Tensor:
+    """Bring the shorter side of (B, 3, H, W) to `side`, cut out the middle: (B, 3, side, side) float32.
+
+    Bicubic. The release resized with the torchvision of its day, which did not antialias tensors; current
+    versions do, and without it large photographs lose thin lines, so it is the default here.
     """
-    path = Path(path)
-    info = read_metadata(path)
-    if info is None or info.part != "text_encoder":
-        raise CheckpointError(
-            f"{path} is not a text encoder of triptych; scripts/convert_minilm.py makes one."
-        )
-    with torch.device("meta"):
-        tower = MiniLM(MiniLMConfig(**info.config))
-    try:
-        tower.load_state_dict(widen(read_tensors(path)), strict=True, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
-    words = wordpiece_tokenizer(
-        tokenizer or path.with_name("tokenizer.json"), info.settings.get("window", MINILM_WINDOW)
-    )
-    return TextEncoder(tower.eval().requires_grad_(False), words)
+    height, width = pixels.shape[-2:]
+    # The longer side is rounded down and the corner rounded to even, as torchvision does.
+    size = (side, side * width // height) if height <= width else (side * height // width, side)
+    pixels = pixels.float()
+    if size != (height, width):
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=antialias)
+    top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return pixels[..., top : top + side, left : left + side]
+
+
+def load_text_encoder(path: Path | str, tokenizer: Path | str | None = None) -> TextEncoder:
+    """The text encoder of any model; paths and errors are those of `towers.load_text_tower`."""
+    return TextEncoder(*load_text_tower(path, tokenizer))
+
+
+def load_minilm(path: Path | str, tokenizer: Path | str | None = None) -> TextEncoder:
+    """The small text encoder from a part file; errors are those of `towers.load_minilm_tower`."""
+    return TextEncoder(*load_minilm_tower(path, tokenizer))
+
+
+def load_image_encoder(path: Path | str) -> ImageEncoder:
+    """The image encoder of any model; paths and errors are those of `towers.load_image_tower`."""
+    return ImageEncoder(load_image_tower(path))
 
 
 def condition(

@@ -49,6 +49,11 @@ class Tokenizer:
             raise CheckpointError(f"The tokenizer has no token {token!r}: it belongs to another text tower.")
         return int(number)
 
+    @property
+    def size(self) -> int:
+        """How many different tokens there are."""
+        return int(self.words.get_vocab_size())
+
     def ids(self, text: str) -> list[int]:
         """The tokens of `text` alone, without start, end and padding. A broken surrogate reads as "?"."""
         whole = text.encode("utf-8", "replace").decode("utf-8")
@@ -82,6 +87,7 @@ def clip_tokenizer(folder: Path | str, window: int = CLIP_WINDOW) -> Tokenizer:
     tower pads with the end token). Raises CheckpointError when a file is missing or foreign.
     """
     folder = Path(folder)
+    folder = folder.parent if folder.is_file() else folder
     named = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for key, token in _read_json(folder / name).items():

@@ -59,8 +59,11 @@ class MiniLM(nn.Module):
         self.config = config
         # Tables made this way skip nn.Embedding's own normal draw, which on the meta device imports torch's
         # whole compiler (seconds).
-        self.tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary, config.width), freeze=False)
-        self.positions = nn.Embedding.from_pretrained(torch.empty(config.positions, config.width), freeze=False)
+        tokens, positions = (
+            torch.empty(rows, config.width) for rows in (config.vocabulary, config.positions)
+        )
+        self.tokens = nn.Embedding.from_pretrained(tokens, freeze=False)
+        self.positions = nn.Embedding.from_pretrained(positions, freeze=False)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.reset_parameters()
