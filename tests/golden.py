@@ -126,7 +126,7 @@ def check_file(path: str | Path) -> list[Outcome]:
     """All outcomes of one file; an unreadable file, or a kind that no check knows, is a failed one."""
     try:
         golden = Golden(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         return [Outcome("file", False, None, f"cannot be read: {error}")]
     checks = load_checks()
     if golden.kind not in checks:

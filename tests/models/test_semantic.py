@@ -124,18 +124,18 @@ def test_every_precision_is_finite_at_full_size(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     encoder, previewer = SemanticEncoder(SEMANTIC["full"]), Previewer(PREVIEWER["full"])
     x = pixels(64, 64)
-    encoder.train()(x)  # fresh statistics would leave activations without any scale
+    # Fresh statistics are not those of the activations; a few passes in training mode make them so.
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5
-    for _ in range(4):
-        encoder(x)
+    for _ in range(5):
+        encoder.train()(x)
     encoder.eval(), previewer.eval()
-    expected = encoder(x)
-    shown = previewer(expected)
-    latents = encoder.to(dtype)(x)
-    preview = previewer.to(dtype)(latents)
-    assert latents.dtype == preview.dtype == dtype
-    assert latents.isfinite().all()
-    assert preview.isfinite().all()
-    assert previewer.to(torch.float32)(expected).shape == shown.shape
+    latents = encoder(x)
+    preview = previewer(latents)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 0.03}[dtype]
+    for network, given, expected in ((encoder, x, latents), (previewer, latents.to(dtype), preview)):
+        got = network.to(dtype)(given)
+        assert got.dtype == dtype
+        assert got.isfinite().all()
+        assert (got.float() - expected).abs().max() < bound * expected.abs().max()
