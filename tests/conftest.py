@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tests.tiny_cascade import write_tiny_cascade
+from tiny_cascade import write_tiny_cascade
 
 torch.set_num_threads(1)
 

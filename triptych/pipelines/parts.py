@@ -15,7 +15,7 @@ from triptych.checkpoints.catalog import ModelFiles
 from triptych.checkpoints.files import check_finite, read_tensors
 from triptych.checkpoints.headers import Header, PartInfo, read_header
 from triptych.checkpoints.load import load_part, read_part
-from triptych.conditioning.encode import TextEncoder, load_minilm
+from triptych.conditioning.encode import TextEncoder, load_text_encoder
 from triptych.errors import CapacityError, CheckpointError
 from triptych.pipelines.placement import Placement, Weights, place
 
@@ -89,7 +89,7 @@ class Parts:
         dtype = torch.float32 if part in FLOAT32_PARTS else self.dtype
         placement = Placement(self.device, dtype, self.weights.get(part, "resident"))
         if part == "text_encoder":
-            encoder = load_minilm(self.path(part), self.files.tokenizer)
+            encoder = load_text_encoder(self.path(part), self.files.tokenizer)
             place(cast(nn.Module, encoder.tower), placement)
             return encoder
         network, _ = load_part(self.path(part), part, finite=False)
