@@ -51,8 +51,8 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """How many different tokens there are."""
-        return int(self.words.get_vocab_size())
+        """How many rows an embedding table needs for these tokens."""
+        return max(int(self.words.get_vocab_size()), self.start + 1, self.end + 1, self.pad + 1)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of `text` alone, without start, end and padding. A broken surrogate reads as "?"."""

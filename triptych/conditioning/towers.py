@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from triptych.checkpoints.headers import PartInfo, part_info, read_header
 from triptych.checkpoints.int8 import widen
 from triptych.checkpoints.keys import COMFYUI_OLD_PROJECTION, split_comfyui
 from triptych.checkpoints.load import assign
+from triptych.checkpoints.sniff import PART_NAMES
 from triptych.conditioning.tokenizer import (
     CLIP_WINDOW,
     MINILM_WINDOW,
@@ -46,8 +47,9 @@ def load_text_tower(
     path = _weight_file(path, "text_encoder")
     if part_info(read_header(path)) is not None:
         return load_minilm_tower(path, tokenizer)
-    tower = clip.on_meta(clip.ClipText, _tower_config(path, clip.CLIP_TEXT["bigg"]))
-    assign(tower.network, _tower_tensors(path, "text_encoder"), path)
+    tensors = _tower_tensors(path, "text_encoder")
+    tower = clip.on_meta(clip.ClipText, _tower_config(path, tensors, clip.text_config))
+    assign(tower.network, tensors, path)
     words = clip_tokenizer(tokenizer or _beside(path), min(CLIP_WINDOW, tower.positions))
     _check_match(words, tower.vocabulary, path)
     return tower, words
@@ -82,8 +84,9 @@ def load_image_tower(path: Path | str) -> ImageTower | clip.ClipImage:
             small = ImageTower(_configured(ImageTowerConfig, info.config, path))
         assign(small, widen(read_tensors(path)), path)
         return small.eval().requires_grad_(False)
-    tower = clip.on_meta(clip.ClipImage, _tower_config(path, clip.CLIP_IMAGE["vit-l"]))
-    assign(tower.network, _tower_tensors(path, "image_encoder"), path)
+    tensors = _tower_tensors(path, "image_encoder")
+    tower = clip.on_meta(clip.ClipImage, _tower_config(path, tensors, clip.image_config))
+    assign(tower.network, tensors, path)
     return tower
 
 
@@ -109,8 +112,8 @@ def _weight_file(path: Path | str, part: str) -> Path:
 def _own_info(path: Path, part: str) -> PartInfo:
     info = part_info(read_header(path))
     if info is None or info.part != part:
-        found = "no metadata of triptych" if info is None else f"a {info.part}"
-        raise CheckpointError(f"{path} has {found}; a {part} was expected.")
+        found = "something else" if info is None else PART_NAMES.get(info.part, info.part)
+        raise CheckpointError(f"{path} holds {found}; {PART_NAMES[part]} of triptych was expected.")
     return info
 
 
@@ -121,11 +124,16 @@ def _configured(kind: type[Config], fields: Mapping[str, Any], path: Path) -> Co
         raise CheckpointError(f"{path} carries a configuration that makes no sense: {error}.") from None
 
 
-def _tower_config(path: Path, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The hub's config.json beside the weights; without one, the published tower's."""
+def _tower_config(
+    path: Path, tensors: Mapping[str, Tensor], infer: Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]
+) -> Mapping[str, Any]:
+    """The hub's config.json beside the weights; without one, what the shapes say."""
     beside = path.with_name("config.json")
     if not beside.is_file():
-        return otherwise
+        try:
+            return infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a whole CLIP tower: {error} is missing or odd.") from None
     try:
         content = json.loads(beside.read_text("utf-8"))
     except ValueError as error:
@@ -139,7 +147,8 @@ def _tower_tensors(path: Path, part: str) -> dict[str, Tensor]:
     """The tensors of a CLIP tower under the hub's names."""
     header, sniffed = identify(path)
     if part not in sniffed.parts:
-        raise CheckpointError(f"{path} holds {sniffed.part}, not a {part}.")
+        found, wanted = (PART_NAMES.get(name, name) for name in (sniffed.part, part))
+        raise CheckpointError(f"{path} holds {found}; {wanted} was expected.")
     tensors = read_tensors(path, header=header)
     if sniffed.layout == "comfyui_single":
         names = split_comfyui(tensors, sniffed.part)[part]

@@ -6,12 +6,14 @@ tensors under the names of the hub's `text_encoder/model.safetensors` and `image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+HEAD_WIDTH = 64
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -88,48 +90,40 @@ def on_meta(kind: type[Tower], config: Mapping[str, Any]) -> Tower:
     return tower.eval().requires_grad_(False)
 
 
-CLIP_TEXT: dict[str, dict[str, Any]] = {
-    "bigg": {
-        "vocab_size": 49408,
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "max_position_embeddings": 77,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-    "tiny": {
-        "vocab_size": 600,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 77,
-        "projection_dim": 24,
-        "hidden_act": "gelu",
-    },
-}
+def text_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The configuration of a text tower of the published kind, from the shapes of its tensors.
 
-CLIP_IMAGE: dict[str, dict[str, Any]] = {
-    "vit-l": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-        "projection_dim": 768,
+    For files that carry no config.json. Heads are 64 wide and the activation is the exact GELU, as in bigG.
+    Raises KeyError naming a tensor that a text tower needs.
+    """
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count_layers(shapes),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "projection_dim": shapes["text_projection.weight"][0],
+        "hidden_act": "gelu",
+    }
+
+
+def image_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The same for an image tower; the activation is the quick GELU, as in ViT-L."""
+    width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+    patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
+    return {
+        "hidden_size": width,
+        "intermediate_size": shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": _count_layers(shapes),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "image_size": patch * math.isqrt(patches),
+        "patch_size": patch,
+        "projection_dim": shapes["visual_projection.weight"][0],
         "hidden_act": "quick_gelu",
-    },
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 56,
-        "patch_size": 14,
-        "projection_dim": 16,
-        "hidden_act": "quick_gelu",
-    },
-}
+    }
+
+
+def _count_layers(shapes: Mapping[str, Sequence[int]]) -> int:
+    return len([name for name in shapes if name.endswith(".mlp.fc1.bias")])
