@@ -24,6 +24,7 @@ from triptych.checkpoints.headers import Header, PartInfo, part_info
 from triptych.checkpoints.infer import infer_config
 from triptych.checkpoints.int8 import SCALE, widen
 from triptych.checkpoints.keys import converted_shapes, names_from_layout, split_comfyui
+from triptych.checkpoints.precision import repair_float16
 from triptych.checkpoints.sniff import Sniffed
 from triptych.errors import CheckpointError
 from triptych.models.semantic import (
@@ -80,7 +81,8 @@ def load_part(
 
     path: a safetensors file in any layout of `keys.py`; a ComfyUI single file holds several parts.
     part: which part is wanted; None takes what is there. size: a published size it must have ("3.6b").
-    dtype: of the floating weights; None keeps the file's, memory-mapped and untouched on a CPU.
+    dtype: of the floating weights; None keeps the file's, memory-mapped and untouched on a CPU. For float16
+    the residual stream is rescaled first (`precision.py`); code that narrows later must do so itself.
     finite: look for NaN and infinity first, which reads the whole file.
     Raises `CheckpointError` for anything that is damaged, foreign, or made for another network.
     """
@@ -92,6 +94,8 @@ def load_part(
         module = network(contents.config)
     assign(module, contents.tensors, path, contents.info.size)
     module.eval()
+    if dtype == torch.float16:
+        repair_float16(module)
     if dtype is not None or torch.device(device).type != "cpu":
         module.to(device=device, dtype=dtype)
     return module, contents.info

@@ -48,13 +48,19 @@ def embed_time(t: Tensor, size: int) -> Tensor:
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of (B, C, H, W) at every position, without learned scale or shift."""
 
+    norm_eps = NORM_EPS
+
     def forward(self, x: Tensor) -> Tensor:
-        return channels_first(norm_last(channels_last(x)))
+        return channels_first(norm_last(channels_last(x), self.norm_eps))
 
 
-def norm_last(x: Tensor) -> Tensor:
-    """Layer norm over the last axis, eps 1e-6, no affine part."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+def norm_last(x: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """Layer norm over the last axis, no affine part.
+
+    Blocks hold their eps in `norm_eps`: where the stream is carried smaller by a factor s, to fit float16,
+    it is smaller by s * s, which keeps the result the same.
+    """
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -76,13 +82,15 @@ class GlobalResponseNorm(nn.Module):
 class ConvBlock(nn.Module):
     """Depthwise convolution, then a two-layer perceptron over channels; the official `ResBlock` ("C")."""
 
+    norm_eps = NORM_EPS
+
     def __init__(self, width: int, skip_width: int = 0, kernel: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
         self.channelwise = perceptron(width + skip_width, width, dropout)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        h = norm_last(channels_last(self.depthwise(x)))  # (B, H, W, C)
+        h = norm_last(channels_last(self.depthwise(x)), self.norm_eps)  # (B, H, W, C)
         if skip is not None:
             h = torch.cat([h, channels_last(skip)], dim=-1)  # the skip joins after the norm, as it is
         return x + channels_first(self.channelwise(h))
@@ -91,12 +99,14 @@ class ConvBlock(nn.Module):
 class FeedForwardBlock(nn.Module):
     """The perceptron of a ConvBlock without the convolution; the official `FeedForwardBlock` ("F")."""
 
+    norm_eps = NORM_EPS
+
     def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.channelwise = perceptron(width, width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + channels_first(self.channelwise(norm_last(channels_last(x))))
+        return x + channels_first(self.channelwise(norm_last(channels_last(x), self.norm_eps)))
 
 
 def perceptron(width_in: int, width: int, dropout: float) -> nn.Sequential:
@@ -186,6 +196,8 @@ class Attention(nn.Module):
 class AttentionBlock(nn.Module):
     """Positions attend to each other and to the condition tokens; the official `AttnBlock` ("A")."""
 
+    norm_eps = NORM_EPS
+
     def __init__(
         self, width: int, cond_width: int, heads: int, self_attention: bool = True, dropout: float = 0.0
     ) -> None:
@@ -195,6 +207,6 @@ class AttentionBlock(nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, width))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        h = norm_last(channels_last(x))  # (B, H, W, C)
+        h = norm_last(channels_last(x), self.norm_eps)  # (B, H, W, C)
         mixed = self.attention.attn(h.flatten(1, 2), self.kv_mapper(tokens), self.self_attention)
         return x + channels_first(mixed.unflatten(1, h.shape[1:3]))
