@@ -124,6 +124,9 @@ def write_new(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
             if _place(temporary, target):
                 return target
             number += 1
+    except OSError as error:
+        error.filename = error.filename or str(folder / f"{stem}{suffix}")  # writing itself names no file
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -41,7 +41,11 @@ def test_the_picture_depends_on_prompt_negative_and_seed(cascade: Cascade) -> No
 
     first = latents("a red apple")
     assert torch.equal(first, latents("a red apple"))
-    for other in (latents("a blue star"), latents("a red apple", seed=2), latents("a red apple", negative="sky")):
+    for other in (
+        latents("a blue star"),
+        latents("a red apple", seed=2),
+        latents("a red apple", negative="sky"),
+    ):
         assert not torch.equal(first, other)
 
 
@@ -123,7 +127,9 @@ def test_the_stream_tells_every_step_and_ends_with_the_result(cascade: Cascade) 
 
 
 def test_previews_come_when_asked_for(cascade: Cascade) -> None:
-    previews = [e.previews for e in cascade.stream("a", seed=1, count=2, preview=True) if e.stage == "stage_c"]
+    previews = [
+        e.previews for e in cascade.stream("a", seed=1, count=2, preview=True) if e.stage == "stage_c"
+    ]
     assert all(shown is not None and len(shown) == 2 for shown in previews)
     assert previews[0] is not None
     assert previews[0][0].size == (16, 16)
@@ -171,7 +177,9 @@ def test_too_large_a_picture_is_refused_before_loading(
 ) -> None:
     cascade = Cascade.load(tiny_cascade)
     monkeypatch.setattr(cascade_module, "free_memory", lambda device: 50_000_000)
-    with pytest.raises(CapacityError, match=r"needs about .* are free on cpu.*would fit with --batch 1 --size"):
+    with pytest.raises(
+        CapacityError, match=r"needs about .* are free on cpu.*would fit with --batch 1 --size"
+    ):
         cascade.stream("a", size="2048x2048")
     assert not cascade.parts._loaded
 
@@ -202,7 +210,11 @@ def test_memory_running_out_on_the_way_is_said_so(cascade: Cascade) -> None:
 def test_noise_is_a_function_of_seed_stage_and_step() -> None:
     first = draw(1, "stage_c", START, (2, 3))
     assert torch.equal(first, draw(1, "stage_c", START, (2, 3)))
-    others = [draw(2, "stage_c", START, (2, 3)), draw(1, "stage_b", START, (2, 3)), draw(1, "stage_c", 0, (2, 3))]
+    others = [
+        draw(2, "stage_c", START, (2, 3)),
+        draw(1, "stage_b", START, (2, 3)),
+        draw(1, "stage_c", 0, (2, 3)),
+    ]
     others.append(draw(1 + 2**32, "stage_c", START, (2, 3)))  # torch's own generator reads 32 bits of a seed
     assert not any(torch.equal(first, other) for other in others)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from triptych.checkpoints.headers import read_header
 from triptych.checkpoints.load import load_part
 from triptych.errors import CapacityError, RequestError
 from triptych.pipelines import capacity, placement
@@ -63,7 +64,9 @@ def test_a_failing_block_gives_its_stored_weights_back(narrow_cascade: Path) -> 
 
 def test_blocks_are_the_children_of_block_lists(tiny_cascade: Path) -> None:
     network, _ = load_part(tiny_cascade / "stage_b.safetensors", "stage_b")
-    expected = [block for side in (network.down_blocks, network.up_blocks) for level in side for block in level]
+    expected = [
+        block for side in (network.down_blocks, network.up_blocks) for level in side for block in level
+    ]
     found = list(blocks_of(network))
     assert all(any(block is one for one in found) for block in expected)
     assert not any(isinstance(block, nn.ModuleList) for block in found)
@@ -129,10 +132,9 @@ def test_free_memory_is_a_plausible_number() -> None:
 
 
 def test_weights_are_counted_from_the_header(narrow_cascade: Path) -> None:
-    from triptych.checkpoints.headers import read_header
-
     path = narrow_cascade / "stage_c.safetensors"
-    need = capacity.measure("stage_c", read_header(path), 0)
+    header = read_header(path)
+    need = capacity.measure("stage_c", header.shapes, header, 0)
     network, _ = load_part(path, "stage_c")
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
     assert need.numbers == sum(p.numel() for p in network.parameters())

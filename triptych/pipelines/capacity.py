@@ -8,16 +8,17 @@ where a map of 4 x width channels stands a few times beside the stored outputs o
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from triptych.checkpoints.headers import ITEM_BYTES, Header
+from triptych.checkpoints.headers import Header
 from triptych.errors import CapacityError
 from triptych.models.stage_a import StageAConfig
 from triptych.models.trunk import TrunkConfig
@@ -57,24 +58,26 @@ class Plan:
     keep: bool
 
 
-def measure(stage: str, header: Header, working: int) -> Need:
-    """The need of a stage whose weights are in the file of `header`."""
+def measure(stage: str, shapes: Mapping[str, tuple[int, ...]], header: Header, working: int) -> Need:
+    """The need of a stage with tensors of these shapes, stored as the file of `header` stores numbers."""
     blocks: defaultdict[str, int] = defaultdict(int)
     numbers = 0
-    for name, entry in header.entries.items():
-        count = (entry.end - entry.start) // ITEM_BYTES[entry.dtype]
+    for name, shape in shapes.items():
+        count = math.prod(shape)
         numbers += count
         match = _BLOCK.search(name)
         if match:
             blocks[match[1]] += count
-    stored = sum(entry.end - entry.start for entry in header.entries.values())
+    kept = [(entry.end - entry.start, math.prod(entry.shape)) for entry in header.entries.values()]
+    per_number = sum(size for size, _ in kept) / max(1, sum(count for _, count in kept))
     inside = sum(blocks.values())
-    return Need(stage, numbers, stored, max(blocks.values(), default=0), numbers - inside, working)
+    largest = max(blocks.values(), default=0)
+    return Need(stage, numbers, round(numbers * per_number), largest, numbers - inside, working)
 
 
-def text_working(header: Header, item: int) -> int:
+def text_working(shapes: Mapping[str, tuple[int, ...]], item: int) -> int:
     """Bytes a text tower works in: a few windows of at most 77 tokens, in maps four times its width."""
-    widest = max(entry.shape[-1] for entry in header.entries.values() if entry.shape)
+    widest = max(shape[-1] for shape in shapes.values() if shape)
     return 8 * 77 * 4 * widest * item
 
 

@@ -338,16 +338,14 @@ class Cascade:
         stage_c = StageCConfig(**self.parts.info("stage_c").config)
         stage_b = StageBConfig(**self.parts.info("stage_b").config)
         stage_a = StageAConfig(**self.parts.info("stage_a").config)
-        headers = {
-            part: self.parts.header(part) for part in ("text_encoder", "stage_c", "stage_b", "stage_a")
-        }
+        shapes = {part: self.parts.shapes(part) for part in PLANNED}
         working = {
-            "text_encoder": text_working(headers["text_encoder"], item),
+            "text_encoder": text_working(shapes["text_encoder"], item),
             "stage_c": trunk_working(stage_c, *self._size_c(request), pictures, item),
             "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
             "stage_a": decode_working(stage_a, height, width),
         }
-        return [measure(part, headers[part], working[part]) for part in working]
+        return [measure(part, shapes[part], self.parts.header(part), working[part]) for part in working]
 
     def _size_c(self, request: Request) -> tuple[int, int]:
         """Rows and columns of latents_c."""

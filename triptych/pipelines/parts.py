@@ -13,8 +13,10 @@ from torch import nn
 
 from triptych.checkpoints.catalog import ModelFiles
 from triptych.checkpoints.files import check_finite, read_tensors
+from triptych.checkpoints.fit import identify
 from triptych.checkpoints.headers import Header, PartInfo, read_header
-from triptych.checkpoints.load import load_part, read_part
+from triptych.checkpoints.load import layout_shapes, load_part, read_part
+from triptych.checkpoints.precision import repair_float16
 from triptych.conditioning.encode import TextEncoder, load_text_encoder
 from triptych.errors import CapacityError, CheckpointError
 from triptych.pipelines.placement import Placement, Weights, place
@@ -53,6 +55,11 @@ class Parts:
         """The header of a part's weights; those of a tower may be in a folder."""
         path = self.path(part)
         return read_header(min(path.glob("*.safetensors"), default=path) if path.is_dir() else path)
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of a part's tensors, from its header; of a tower, of everything in its file."""
+        header, sniffed = identify(self.header(part).path)
+        return dict(header.shapes) if part == "text_encoder" else layout_shapes(header, sniffed, part)
 
     @contextmanager
     def turn(self, part: str) -> Iterator[Any]:
@@ -93,6 +100,8 @@ class Parts:
             place(cast(nn.Module, encoder.tower), placement)
             return encoder
         network, _ = load_part(self.path(part), part, finite=False)
+        if dtype == torch.float16:
+            repair_float16(network)  # before placing: it reads the weights as the file has them
         return place(network, placement)
 
     def blame(self, part: str) -> CheckpointError:

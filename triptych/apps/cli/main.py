@@ -64,6 +64,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments), prog_name="triptych", standalone_mode=False)
         sys.stdout.flush()
+        if status == INTERRUPTED_STATUS:  # typer has already turned Ctrl-C into a status
+            return _end(INTERRUPTED, INTERRUPTED_STATUS)
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return _end(INTERRUPTED, INTERRUPTED_STATUS)
@@ -75,10 +77,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _status(error: Exception) -> int:
     """What an exception means to the person at the terminal."""
-    if isinstance(error, typer.Exit):
-        return int(error.exit_code)
     if isinstance(error, typer.Abort):
         return _end(INTERRUPTED, INTERRUPTED_STATUS)
+    if isinstance(error, typer.Exit):
+        return int(error.exit_code)
     if isinstance(error, TriptychError):
         return _end(str(error), USAGE_STATUS)
     if isinstance(error, BrokenPipeError):

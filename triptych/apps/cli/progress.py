@@ -1,4 +1,4 @@
-"""Live progress on standard error: bars on a terminal, one line per finished stage elsewhere."""
+"""Live progress on standard error: bars on a terminal, nothing in a log or a pipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LABELS = {"stage_c": "Stage C", "stage_b": "Stage B"}
 def stage_progress() -> Iterator[Callable[[Event], None]]:
     """A function to call with every event while pictures are made."""
     if not sys.stderr.isatty():
-        yield _say
+        yield _quiet
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,8 +35,5 @@ def stage_progress() -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-def _say(event: Event) -> None:
-    if event.stage in LABELS and event.step == event.steps:
-        numbers = [picture.index + 1 for picture in event.pictures]
-        which = f"picture {numbers[0]}" if len(numbers) == 1 else f"pictures {numbers[0]}-{numbers[-1]}"
-        print(f"{LABELS[event.stage]}: {event.steps} steps, {which}", file=sys.stderr)
+def _quiet(event: Event) -> None:
+    """Elsewhere than on a terminal an error must stand alone on standard error."""
