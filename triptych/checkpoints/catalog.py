@@ -308,6 +308,7 @@ TOKENIZER_FILES = tuple(
         "merges.txt",
     )
 )
+TOWER_PARAMETERS = {"text_encoder": 694_659_840, "image_encoder": 303_966_208}
 TOWER_FILES = {
     "text_encoder": (DECODER_REPO, "text_encoder/model.bf16.safetensors"),
     "image_encoder": (PRIOR_REPO, "image_encoder/model.bf16.safetensors"),
