@@ -91,7 +91,7 @@ def test_two_ranks_read_what_one_process_reads() -> None:
     source = ShardIndex(FIXTURE)
     plan = order_of(source, THREE, 6).plan(1)
     whole = load_batch(source, plan, THREE)
-    halves = [load_batch(source, plan, THREE, rank=rank, world=2).pixels for rank in range(2)]
+    halves = [load_batch(source, plan, THREE, places=plan.for_rank(rank, 2)).pixels for rank in range(2)]
     assert torch.equal(torch.cat(halves), whole.pixels)
 
 
@@ -105,7 +105,7 @@ def test_unreadable_samples_are_replaced_alike_everywhere(tmp_path: Path) -> Non
     index = ShardIndex(tmp_path)
     batch = load_batch(index, plan, THREE)
     assert torch.equal(batch.pixels[1], batch.pixels[2])
-    alone = load_batch(index, plan, THREE, rank=0, world=2)
+    alone = load_batch(index, plan, THREE, places=plan.for_rank(0, 2))
     assert torch.equal(alone.pixels, batch.pixels[:2])
 
 

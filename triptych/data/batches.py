@@ -12,8 +12,8 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,8 @@ from triptych.data.shards import Sample
 from triptych.data.sources import Source
 from triptych.errors import DataError, SettingsError
 from triptych.images import to_pixels
+
+Loaded = TypeVar("Loaded")
 
 SHUFFLE, SPREAD, MIX, CROP = range(4)  # what a draw is for, part of its key
 
@@ -144,9 +146,13 @@ class Batch:
     samples: list[Sample]
 
 
-def fit(image: Image.Image, bucket: Bucket, at: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The picture resized until it covers the canvas, and cropped at `at` (see `crop_corner`)."""
-    height, width = covering_size(image.height, image.width, bucket)
+def fit(
+    image: Image.Image, bucket: Bucket, at: tuple[float, float] = (0.5, 0.5), zoom: float = 1.0
+) -> Image.Image:
+    """The picture resized until it covers the canvas `zoom` times over, and cropped at `at` (see
+    `crop_corner`)."""
+    larger = replace(bucket, height=round(bucket.height * zoom), width=round(bucket.width * zoom))
+    height, width = covering_size(image.height, image.width, larger)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # PIL filters when shrinking
     top, left = crop_corner((height, width), bucket, at)
@@ -158,23 +164,23 @@ def load_batch(
     plan: BatchPlan,
     buckets: Sequence[Bucket],
     seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    places: Sequence[int] | None = None,
     random_crop: bool = True,
+    zoom: float = 1.0,
 ) -> Batch:
-    """Read, fit and stack the samples of a step that fall to this rank.
+    """Read, fit and stack the samples at some `places` of a step's global batch (None: all of them).
 
     A sample that cannot be read is replaced by the next readable one of the global batch, so that every
     process and every run makes the same choice. Raises `DataError` when none can be read.
     """
     bucket = buckets[plan.bucket]
-    places = plan.for_rank(rank, world)
+    places = tuple(range(len(plan.samples)) if places is None else places)
     samples, pictures = [], []
     for place in places:
         sample = _first_readable(source, plan, place)
         u = draws(seed, plan.step, CROP, place, count=2) if random_crop else (0.5, 0.5)
         samples.append(sample)
-        pictures.append(fit(sample.image, bucket, (float(u[0]), float(u[1]))))
+        pictures.append(fit(sample.image, bucket, (float(u[0]), float(u[1])), zoom))
     return Batch(plan, places, to_pixels(pictures), samples)
 
 
@@ -195,7 +201,7 @@ def choose_caption(sample: Sample, u: float, main_share: float = 0.5) -> str:
     return others[int((u - main_share) / (1 - main_share) * len(others))]
 
 
-def stream(load: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
+def stream(load: Callable[[int], Loaded], start: int, stop: int, ahead: int = 2) -> Iterator[Loaded]:
     """`load(step)` for the steps of a run in order, up to `ahead` of them being read meanwhile.
 
     With `ahead` 0 nothing runs beside the caller.
@@ -204,7 +210,7 @@ def stream(load: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) 
         yield from (load(step) for step in range(start, stop))
         return
     with ThreadPoolExecutor(max_workers=ahead, thread_name_prefix="batches") as pool:
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[Future[Loaded]] = deque()
         try:
             for step in range(start, stop):
                 pending.append(pool.submit(load, step))

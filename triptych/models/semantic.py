@@ -208,11 +208,10 @@ SEMANTIC = {
     "mini": SemanticConfig(
         stem=16,
         stages=(
-            Stage("fused", 1, 3, 1, 16, 1),
-            Stage("fused", 4, 3, 2, 32, 2),
-            Stage("fused", 4, 3, 2, 48, 2),
-            Stage("mb", 4, 3, 2, 96, 3),
-            Stage("mb", 4, 3, 2, 128, 4),
+            Stage("fused", 2, 3, 2, 32, 1),
+            Stage("fused", 4, 3, 2, 48, 1),
+            Stage("mb", 4, 3, 2, 96, 2),
+            Stage("mb", 4, 3, 2, 128, 3),
         ),
         features=384,
         stochastic_depth=0.0,
@@ -232,6 +231,6 @@ SEMANTIC = {
 }
 PREVIEWER = {
     "full": PreviewerConfig(),
-    "mini": PreviewerConfig(width=192),
+    "mini": PreviewerConfig(width=128),
     "tiny": PreviewerConfig(width=16),
 }

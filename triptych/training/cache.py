@@ -1,0 +1,179 @@
+"""Latents and embeddings of a whole data set, made once and read by index while training.
+
+A cache is a folder of safetensors files and an `index.json` that says what made it: the files of the frozen
+parts, the samples, the canvases. Anything else there means it is made again. A build that was interrupted
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from triptych.checkpoints.files import read_tensors, write_atomically, write_tensors
+from triptych.conditioning.encode import TextEncoder
+from triptych.data.batches import fit
+from triptych.data.buckets import Bucket, nearest_bucket
+from triptych.data.sources import Source
+from triptych.images import to_pixels
+from triptych.training.encoders import Encoded, Encoders, encode_pictures
+
+CHUNK = 512  # samples a file
+TOGETHER = 16  # samples encoded at once
+
+
+class Cache:
+    """Encoded samples by index. `buckets[i]` is the canvas of sample i, -1 if it could not be read."""
+
+    def __init__(self, folder: Path, text: TextEncoder) -> None:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.buckets: list[int] = index["buckets"]
+        self.captions: list[int] = index["captions"]  # number of captions of each sample
+        self.window = text.window
+        self.tensors: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("samples-*.safetensors")):
+            self.tensors.update(read_tensors(path))
+        empty_hidden, self.empty_pooled = text.encode([""])
+        self.empty_hidden = empty_hidden[0]
+
+    def read(self, samples: Sequence[int], captions: Sequence[int]) -> Encoded:
+        """The batch of these samples, each with the caption of that number, -1 for the empty caption."""
+        latents_b = image = None
+        latents_c = self.stack("c", samples)
+        if f"b.{samples[0]}" in self.tensors:
+            latents_b = self.stack("b", samples)
+        if f"i.{samples[0]}" in self.tensors:
+            image = self.stack("i", samples)
+        hidden, pooled = [], []
+        for sample, caption in zip(samples, captions, strict=True):
+            if caption < 0:
+                hidden.append(self.empty_hidden)
+                pooled.append(self.empty_pooled[0])
+            else:
+                hidden.append(self.tensors[f"t.{sample}.{caption}"].float())
+                pooled.append(self.tensors[f"p.{sample}.{caption}"].float())
+        windows = max(-(-rows.shape[0] // self.window) for rows in hidden)
+        return Encoded(
+            latents_c, latents_b, torch.stack([self.padded(rows, windows) for rows in hidden]),
+            torch.stack(pooled), image,
+        )  # fmt: skip
+
+    def stack(self, kind: str, samples: Sequence[int]) -> Tensor:
+        return torch.stack([self.tensors[f"{kind}.{sample}"] for sample in samples]).float()
+
+    def padded(self, rows: Tensor, windows: int) -> Tensor:
+        """Zeros where padding was cut off, then windows of the empty prompt."""
+        missing = -rows.shape[0] % self.window
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        more = windows - rows.shape[0] // self.window
+        return torch.cat([rows, *[self.empty_hidden] * more])
+
+
+def open_cache(
+    folder: Path,
+    source: Source,
+    buckets: Sequence[Bucket],
+    encoders: Encoders,
+    made_from: Iterable[Path],
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Cache:
+    """The cache in `folder`, made or completed first if need be. `progress(done, of)` is told how far it is."""
+    assert encoders.text is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = {
+        "parts": [digest(path) for path in made_from],
+        "buckets": [asdict(bucket) for bucket in buckets],
+        "samples": hashlib.sha256("\n".join(source.key(i) for i in range(len(source))).encode()).hexdigest(),
+    }
+    marks = folder / "made_from.json"
+    if not marks.exists() or json.loads(marks.read_text(encoding="utf-8")) != mark:
+        for stale in folder.glob("*"):
+            stale.unlink()
+        with write_atomically(marks) as file:
+            file.write(json.dumps(mark).encode())
+    chunks = range(0, len(source), CHUNK)
+    places: list[int] = []
+    counts: list[int] = []
+    for start in chunks:
+        path = folder / f"samples-{start // CHUNK:05d}.safetensors"
+        numbers = range(start, min(start + CHUNK, len(source)))
+        if not path.exists():
+            write_tensors(path, encode_chunk(source, numbers, buckets, encoders, device, progress))
+        progress(numbers.stop, len(source))
+        tensors = read_tensors(path)
+        places += tensors["bucket"].tolist()
+        counts += tensors["captions"].tolist()
+    with write_atomically(folder / "index.json") as file:
+        file.write(json.dumps({"buckets": places, "captions": counts}).encode())
+    return Cache(folder, encoders.text)
+
+
+def encode_chunk(
+    source: Source,
+    numbers: range,
+    buckets: Sequence[Bucket],
+    encoders: Encoders,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> dict[str, Tensor]:
+    """All tensors of some samples, float16: c.N, b.N latents, i.N image embedding, t.N.K and p.N.K captions."""
+    assert encoders.text is not None
+    tensors: dict[str, Tensor] = {}
+    place_of: list[int] = []
+    captions: list[tuple[str, int, int]] = []
+    counts: list[int] = []
+    waiting: dict[int, list[tuple[int, Tensor]]] = {}
+
+    def flush(place: int) -> None:
+        members = waiting.pop(place, [])
+        if not members:
+            return
+        pixels = torch.cat([pixels for _, pixels in members]).to(device)
+        for kind, encoded in zip("cbi", encode_pictures(encoders, pixels), strict=True):
+            if encoded is not None:
+                for (number, _), row in zip(members, encoded.to(torch.float16).cpu(), strict=True):
+                    tensors[f"{kind}.{number}"] = row.clone()
+
+    for number in numbers:
+        sample = source.read(number)
+        if sample is None:
+            place_of.append(-1)
+            counts.append(0)
+            continue
+        place = nearest_bucket(sample.image.height, sample.image.width, buckets)
+        place_of.append(place)
+        counts.append(len(sample.captions))
+        captions += [(caption, number, k) for k, caption in enumerate(sample.captions)]
+        waiting.setdefault(place, []).append((number, to_pixels([fit(sample.image, buckets[place])])))
+        if len(waiting[place]) == TOGETHER:
+            flush(place)
+            progress(number, len(source))
+    for place in list(waiting):
+        flush(place)
+    captions.sort(key=lambda entry: len(entry[0]))  # alike lengths together: less padding to compute
+    for start in range(0, len(captions), 4 * TOGETHER):
+        group = captions[start : start + 4 * TOGETHER]
+        hidden, pooled = encoders.text.encode([caption for caption, _, _ in group])
+        for (_, number, k), rows, vector in zip(group, hidden, pooled, strict=True):
+            real = int(rows.abs().sum(1).nonzero().max()) + 1  # padding is zero: not worth storing
+            tensors[f"t.{number}.{k}"] = rows[:real].to(torch.float16).cpu().clone()
+            tensors[f"p.{number}.{k}"] = vector.to(torch.float16).cpu().clone()
+    tensors["bucket"] = torch.tensor(place_of)
+    tensors["captions"] = torch.tensor(counts)
+    return tensors
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()

@@ -1,0 +1,192 @@
+"""The settings of a training run: one TOML file, checked once, unknown keys refused.
+
+`{here}` in a path stands for the folder of the TOML file, `{out}` for the run's output folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from triptych.errors import SettingsError, nearest
+from triptych.training.optim import EmaSettings, OptimSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RecipeName = Literal["stage_a", "semantic", "image_encoder", "stage_b", "stage_c"]
+
+
+class Settings(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Settings):
+    """The pictures of a run."""
+
+    shards: tuple[str, ...] = Field((), description="tar shards or folders of captioned pictures")
+    share_alike: bool = Field(False, description="use pictures under share-alike licences too")
+    repeat: int = Field(1, ge=1, description="how often the shards appear beside the drawn shapes")
+    shapes: int = Field(0, ge=0, description="number of procedural shapes pictures")
+    shapes_seed: int = Field(0, ge=0, description="seed of the first one")
+    size: int = Field(256, ge=32, description="side of the square that gives the area of every canvas")
+    ratios: tuple[float, ...] = Field((1.0,), description="aspect ratios width / height; inverses are added")
+    factor: int = Field(32, ge=4, description="canvas sides are multiples of this")
+    random_share: float = Field(0.05, ge=0, le=1, description="share of pictures sent to any canvas")
+    random_crop: bool = Field(True, description="crop at random, not at the centre")
+    zoom: float = Field(1.0, ge=1, description="crop from pictures resized to this many times the canvas")
+    main_caption: float = Field(0.5, ge=0, le=1, description="how often the main caption is chosen")
+    cache: bool = Field(False, description="encode every picture and caption once, before training")
+    readers: int = Field(1, ge=0, description="batches read ahead in the background")
+
+
+class PartsSettings(Settings):
+    """Weight files of frozen parts; a name such as "mini" takes the part of that model."""
+
+    stage_a: str = Field("mini", description="Stage A, for Stage B")
+    semantic: str = Field("mini", description="semantic encoder, for Stages B and C")
+    previewer: str = Field("mini", description="previewer, for the sample grids of Stage C")
+    text_encoder: str = Field("mini", description="text encoder")
+    image_encoder: str | None = Field(None, description="image encoder; none: Stage C learns from text alone")
+
+
+class AutoencoderSettings(Settings):
+    """Stage A, and the semantic encoder with its previewer."""
+
+    quantised: float = Field(1.0, ge=0, le=1, description="share of samples decoded from codes (Stage A)")
+    l1: float = Field(1.0, ge=0, description="weight of the absolute error")
+    l2: float = Field(1.0, ge=0, description="weight of the squared error")
+    codebook: float = Field(1.0, ge=0, description="weight of the codebook and commitment loss")
+    restart_codes: int = Field(0, ge=0, description="steps between moves of unused codes; 0 never")
+    adversarial: float = Field(0.0, ge=0, description="weight of the discriminator's judgement")
+    adversarial_start: int = Field(0, ge=0, description="step at which the discriminator joins")
+    discriminator: str = Field("mini", description="size of the discriminator")
+    latent_noise: float = Field(0.0, ge=0, description="deviation of noise added to semantic latents")
+
+
+class DiffusionSettings(Settings):
+    """Stages B and C: what is predicted, how it is weighted, what is dropped."""
+
+    prediction: Literal["eps", "v", "x0"] = Field("eps", description="what the network answers")
+    weight: Literal["p2", "adaptive", "none"] = Field("p2", description="loss weight over noise levels")
+    offset_noise: float = Field(0.0, ge=0, description="weight of noise that is constant per channel")
+    pyramid_noise: bool = Field(True, description="coarse structure in Stage B's noise, as published")
+    drop_text: float = Field(0.05, ge=0, le=1, description="share of captions replaced by the empty one")
+    keep_image: float = Field(0.1, ge=0, le=1, description="share of samples that see the image embedding")
+    drop_semantic: float = Field(0.1, ge=0, le=1, description="share of samples without semantic latents")
+    semantic_scale: tuple[float, float] = Field((0.5, 1.0), description="Stage B: range of f, see the docs")
+    sampling: dict[str, Any] = Field(default_factory=dict, description="defaults written for generation")
+
+
+class RunSettings(Settings):
+    """Everything a run depends on."""
+
+    recipe: RecipeName = Field(description="what is trained")
+    name: str = Field("", description="shown in logs and stored in the weights")
+    out: str = Field(description="folder for checkpoints, weights, log and samples")
+    size: str = Field("tiny", description="network size: a preset of its file")
+    network: dict[str, Any] = Field(default_factory=dict, description="fields of the network's config to change")
+    init: str | None = Field(None, description="folder with weights to start from (say, an EMA)")
+    seed: int = Field(0, ge=0)
+    steps: int = Field(1000, ge=1, description="updates")
+    batch: int = Field(16, ge=1, description="pictures per update, over all processes")
+    accumulate: int = Field(1, ge=1, description="parts in which a batch is worked through")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(1000, ge=1, description="updates between checkpoints")
+    sample_every: int = Field(1000, ge=1, description="updates between sample grids")
+    sample_prompts: tuple[str, ...] = Field(("a red apple", "a blue circle", "a smiling face", "a green tree"))
+    tensorboard: bool = Field(True, description="also write TensorBoard files, where it is installed")
+    store: Literal["float32", "bfloat16", "float16"] = Field("float32", description="format of weights written")
+    licence: str = Field("", description="licence of the weights written")
+    notice: str = Field("", description="attribution that travels with them")
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    ema: EmaSettings = Field(default_factory=EmaSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    parts: PartsSettings = Field(default_factory=PartsSettings)
+    autoencoder: AutoencoderSettings = Field(default_factory=AutoencoderSettings)
+    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+
+
+def read_settings(path: Path, changes: Sequence[str] = ()) -> RunSettings:
+    """Settings from a TOML file, then `key=value` changes (dots reach into tables, values are TOML).
+
+    Raises SettingsError naming the file, the key, what is wrong with it and the nearest known key.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}.") from None
+    for change in changes:
+        apply_change(raw, change)
+    out = raw.get("out")
+    places = {"here": str(path.parent), "out": str(out)}
+    return check_settings(substitute(raw, places), str(path))
+
+
+def apply_change(raw: dict[str, Any], change: str) -> None:
+    """Set one `key=value` in nested tables; a value that is not TOML is taken as a string."""
+    name, separator, text = change.partition("=")
+    if not separator or not name.strip():
+        raise SettingsError(f'--set "{change}" is not of the form key=value, for example optim.lr=3e-4.')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = name.strip().split(".")
+    for table in tables:
+        raw = raw.setdefault(table, {})
+        if not isinstance(raw, dict):
+            raise SettingsError(f'--set "{change}": "{table}" is a value, not a table.')
+    raw[last] = value
+
+
+def substitute(value: Any, places: dict[str, str]) -> Any:
+    """Fill {here} and {out} into all strings."""
+    if isinstance(value, str):
+        for name, place in places.items():
+            value = value.replace("{" + name + "}", place)
+        return value
+    if isinstance(value, list):
+        return [substitute(item, places) for item in value]
+    if isinstance(value, dict):
+        return {name: substitute(item, places) for name, item in value.items()}
+    return value
+
+
+def check_settings(raw: dict[str, Any], origin: str) -> RunSettings:
+    """Validate; the first mistake becomes one sentence."""
+    try:
+        return RunSettings.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            *tables, last = (str(part) for part in first["loc"])
+            known = known_keys(tables)
+            raise SettingsError(f'{origin}: unknown key "{name}"; {nearest(last, known)}.') from None
+        if first["type"] == "missing":
+            raise SettingsError(f'{origin}: "{name}" is missing.') from None
+        got = repr(first.get("input"))[:80]
+        raise SettingsError(f'{origin}: "{name}" is {got}: {first["msg"]}.') from None
+
+
+def known_keys(tables: Sequence[str]) -> list[str]:
+    """The keys of a table, by its path."""
+    model: Any = RunSettings
+    for table in tables:
+        model = model.model_fields[table].annotation
+    return list(model.model_fields)

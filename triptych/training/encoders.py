@@ -1,0 +1,94 @@
+"""The frozen parts of a run, and what Stages B and C learn from: latents and embeddings of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from triptych.checkpoints.catalog import PACKAGED, package_folder, scan
+from triptych.checkpoints.load import load_part
+from triptych.conditioning.encode import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from triptych.errors import SettingsError, nearest
+from triptych.training.config import PartsSettings
+
+
+@dataclass
+class Encoders:
+    """Frozen networks in eval mode; None where the recipe does not need one."""
+
+    stage_a: nn.Module | None = None
+    semantic: nn.Module | None = None
+    text: TextEncoder | None = None
+    image: ImageEncoder | None = None
+
+
+@dataclass
+class Encoded:
+    """One batch as the diffusion stages see it, float32. `latents_b` is None where only Stage C learns."""
+
+    latents_c: Tensor  # (B, 16, h, w)
+    latents_b: Tensor | None  # (B, 4, H, W)
+    text_hidden: Tensor  # (B, n, Wt)
+    text_pooled: Tensor  # (B, Wp)
+    image_embed: Tensor | None  # (B, Wi)
+
+    def __getitem__(self, rows: slice) -> Encoded:
+        latents_b = None if self.latents_b is None else self.latents_b[rows]
+        image = None if self.image_embed is None else self.image_embed[rows]
+        return Encoded(self.latents_c[rows], latents_b, self.text_hidden[rows], self.text_pooled[rows], image)
+
+
+def part_path(part: str, given: str) -> Path:
+    """The file of a frozen part: a path, or the part of a model known by name."""
+    path = Path(given)
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors":
+        raise SettingsError(f"parts.{part}: {given} does not exist; train it first, or name another file.")
+    folder = package_folder(given) if given in PACKAGED else path
+    if not folder.is_dir():
+        raise SettingsError(f'parts.{part}: there is no model or file "{given}"; {nearest(given, PACKAGED)}.')
+    found = scan(folder, {}, {}).get(part)
+    if found is None:
+        raise SettingsError(f'parts.{part}: the model "{given}" has no {part}; train one, or name its file.')
+    return found
+
+
+def load_encoders(parts: PartsSettings, needed: Sequence[str], device: torch.device) -> Encoders:
+    """Load the frozen parts named in `needed`: stage_a, semantic, text_encoder, image_encoder."""
+    encoders = Encoders()
+    if "stage_a" in needed:
+        encoders.stage_a = frozen("stage_a", parts.stage_a, device)
+    if "semantic" in needed:
+        encoders.semantic = frozen("semantic", parts.semantic, device)
+    if "text_encoder" in needed:
+        encoders.text = load_text_encoder(part_path("text_encoder", parts.text_encoder))
+        encoders.text.tower.to(device)  # type: ignore[attr-defined]
+    if "image_encoder" in needed and parts.image_encoder is not None:
+        encoders.image = load_image_encoder(part_path("image_encoder", parts.image_encoder))
+        encoders.image.tower.to(device)  # type: ignore[attr-defined]
+    return encoders
+
+
+def frozen(part: str, given: str, device: torch.device) -> nn.Module:
+    """A part in float32, eval mode, without gradients."""
+    network, _ = load_part(part_path(part, given), part, device=device, dtype=torch.float32)
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_pictures(
+    encoders: Encoders, pixels: Tensor, semantic_pixels: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """latents_c, latents_b and image embeddings of pixels (B,3,H,W); `semantic_pixels` may be smaller ones."""
+    assert encoders.semantic is not None
+    latents_c = encoders.semantic(pixels if semantic_pixels is None else semantic_pixels)
+    latents_b = None
+    if encoders.stage_a is not None:
+        latents_b = encoders.stage_a.encode(pixels)  # type: ignore[operator]
+    image = None if encoders.image is None else encoders.image.encode(pixels)
+    return latents_c, latents_b, image

@@ -1,0 +1,105 @@
+"""The log of a run: JSON lines always, TensorBoard where it is installed.
+
+A continued run first drops the lines after its checkpoint, so the log never shows a step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triptych.training.config import RunSettings
+from triptych.training.task import Losses
+
+LEVELS = 10  # bins of t in [0, 1] in which losses are averaged
+
+
+class RunLog:
+    """Averages over `log_every` updates, one line each."""
+
+    def __init__(self, out: Path, settings: RunSettings, step: int) -> None:
+        self.path = out / "log.jsonl"
+        self.settings = settings
+        keep_lines(self.path, step)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.board = open_tensorboard(out, step) if settings.tensorboard else None
+        self.first_step, self.first_time = step, time.monotonic()
+        self.clear()
+
+    def clear(self) -> None:
+        self.totals: dict[str, list[float]] = {}
+        self.per_level: list[list[float]] = [[] for _ in range(LEVELS)]
+        self.since = time.monotonic()
+
+    def add(self, step: int, losses: dict[str, list[Losses]], norms: dict[str, float], rate: float) -> None:
+        """Take in one update; every `log_every` updates a line is written."""
+        for player, parts in losses.items():
+            self.note(f"{player}.loss", [float(part.total) for part in parts])
+            self.note(f"{player}.gradient_norm", [norms[player]])
+            for part in parts:
+                for name, value in part.terms.items():
+                    self.note(f"{player}.{name}", [float(value)])
+                if part.per_sample is not None and part.t is not None:
+                    for t, loss in zip(part.t.tolist(), part.per_sample.tolist(), strict=True):
+                        self.per_level[min(int(t * LEVELS), LEVELS - 1)].append(loss)
+        if step % self.settings.log_every == 0 or step == self.settings.steps:
+            self.write(step, rate)
+
+    def note(self, name: str, values: list[float]) -> None:
+        self.totals.setdefault(name, []).extend(values)
+
+    def write(self, step: int, rate: float) -> None:
+        now = time.monotonic()
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 1), "lr": rate}
+        line |= {name: sum(values) / len(values) for name, values in self.totals.items()}
+        done = step - self.first_step
+        line["samples_per_second"] = done * self.settings.batch / max(now - self.first_time, 1e-9)
+        line["seconds_left"] = (now - self.first_time) / max(done, 1) * (self.settings.steps - step)
+        if any(self.per_level):
+            line["loss_by_t"] = [sum(v) / len(v) if v else None for v in self.per_level]
+        if torch.cuda.is_available():
+            line["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in line.items():
+                if isinstance(value, float | int) and name not in ("step", "time"):
+                    self.board.add_scalar(name.replace(".", "/"), value, step)
+            for level, value in enumerate(line.get("loss_by_t", [])):
+                if value is not None:
+                    self.board.add_scalar(f"loss_by_t/{level / LEVELS:.1f}", value, step)
+        self.clear()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Drop lines after `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def open_tensorboard(out: Path, step: int) -> Any:
+    """A TensorBoard writer, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,429 @@
+"""How each part of the cascade is trained: a batch becomes a loss.
+
+`build_task(settings)` makes the task of one of five recipes. Stage A has its own file (two players); the
+semantic encoder with its previewer, and the image encoder, learn from pixels; Stages B and C from latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from triptych.checkpoints.files import PartInfo
+from triptych.checkpoints.load import config_fields
+from triptych.data.batches import Batch, BatchPlan
+from triptych.diffusion.denoiser import Denoiser, Guidance
+from triptych.diffusion.loss import AdaptiveWeight, p2_weight, per_sample_loss
+from triptych.diffusion.prediction import Prediction, add_noise, offset_noise, pyramid_noise, target
+from triptych.diffusion.samplers import SAMPLERS
+from triptych.diffusion.schedule import Schedule, training_times
+from triptych.errors import SettingsError, nearest
+from triptych.images import grid, to_images
+from triptych.models.image_tower import IMAGE_TOWER, ImageTower
+from triptych.models.semantic import PREVIEWER, SEMANTIC, Previewer, SemanticEncoder
+from triptych.models.stage_b import STAGE_B, StageB
+from triptych.models.stage_c import STAGE_C, StageC
+from triptych.training.cache import Cache, open_cache
+from triptych.training.config import RunSettings
+from triptych.training.draws import Draws
+from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders, part_path
+from triptych.training.image_tower import image_tower_loss
+from triptych.training.sources import Pictures
+from triptych.training.task import Losses, Task
+from triptych.training.vqgan import stage_a_task
+
+SAMPLE_STEPS = 20  # of the sample grids
+
+
+def build_task(settings: RunSettings, device: torch.device, progress: Callable[[int, int], None]) -> Task:
+    """Networks, data and loss of a run. `progress(done, of)` is told how far a cache is."""
+    builders: dict[str, Callable[..., Task]] = {
+        "stage_a": stage_a_task,
+        "semantic": semantic_task,
+        "image_encoder": image_encoder_task,
+        "stage_b": diffusion_task,
+        "stage_c": diffusion_task,
+    }
+    pictures = Pictures(settings)
+    if settings.recipe in ("stage_b", "stage_c"):
+        return diffusion_task(settings, pictures, device, progress)
+    return builders[settings.recipe](settings, pictures, device)
+
+
+def configured(presets: dict[str, Any], settings: RunSettings) -> Any:
+    """The network config of a run: a preset with the fields of `network` changed."""
+    if settings.size not in presets:
+        raise SettingsError(f'size "{settings.size}": {nearest(settings.size, presets)}.')
+    preset = presets[settings.size]
+    known = [field.name for field in dataclasses.fields(preset)]
+    for name in settings.network:
+        if name not in known:
+            raise SettingsError(f'network: unknown field "{name}"; {nearest(name, known)}.')
+    changes = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.network.items()
+    }
+    return dataclasses.replace(preset, **changes)
+
+
+def part_info(settings: RunSettings, part: str, network: nn.Module, extra: dict[str, Any]) -> PartInfo:
+    """The metadata of a trained part; the loop fills in the step."""
+    return PartInfo(
+        part=part,
+        config=config_fields(network.config),
+        settings=extra,
+        recipe=settings.name or settings.recipe,
+        licence=settings.licence,
+        notice=settings.notice,
+    )
+
+
+# The semantic encoder and its previewer, an autoencoder.
+
+
+def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.device) -> Task:
+    """Semantic encoder + previewer, trained together to give a picture of 1/4 its size back.
+
+    Noise on the latents while training makes near latents mean near pictures, which is what a diffusion
+    model needs of them.
+    """
+    weights = settings.autoencoder
+    networks = {
+        "semantic": SemanticEncoder(configured(SEMANTIC, settings)).to(device),
+        "previewer": Previewer(PREVIEWER[settings.size]).to(device),
+    }
+
+    def reconstruct(trained: dict[str, nn.Module], pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        latents = trained["semantic"](pixels)
+        if noise is not None:
+            latents = latents + weights.latent_noise * noise
+        shown = trained["previewer"](latents)
+        return shown, F.interpolate(pixels, size=shown.shape[-2:], mode="area")
+
+    def loss(player: str, batch: Batch, draws: Draws, step: int) -> Losses:
+        pixels = batch.pixels.to(device)
+        stride = networks["semantic"].config.stride
+        shape = (16, pixels.shape[-2] // stride, pixels.shape[-1] // stride)
+        noise = draws.normal(shape).to(device) if weights.latent_noise else None
+        shown, wanted = reconstruct(networks, pixels, noise)
+        squared, absolute = F.mse_loss(shown, wanted), F.l1_loss(shown, wanted)
+        return Losses(
+            weights.l2 * squared + weights.l1 * absolute, terms={"psnr": -10 * squared.detach().log10()}
+        )
+
+    @torch.no_grad()
+    def sample(trained: dict[str, nn.Module], out: Path) -> Image.Image:
+        pixels = first_batch(pictures, 8).pixels.to(device)
+        shown, wanted = reconstruct(trained, pixels, None)
+        return grid(to_images(torch.cat([wanted, shown])), columns=len(pixels))
+
+    def info(part: str, network: nn.Module) -> PartInfo:
+        return part_info(settings, part, network, {})
+
+    return Task(
+        networks, pictures.order(), pictures.load, loss, info, sample,
+        players={"autoencoder": list(networks)}, skipped=pictures.skipped,
+    )  # fmt: skip
+
+
+# The small image encoder, towards the text encoder's space.
+
+
+def image_encoder_task(settings: RunSettings, pictures: Pictures, device: torch.device) -> Task:
+    """Image encoder: land where the text encoder puts the caption (training/image_tower.py)."""
+    encoders = load_encoders(settings.parts, ["text_encoder"], device)
+    assert encoders.text is not None
+    tower = ImageTower(configured(IMAGE_TOWER, settings)).to(device)
+
+    def loss(player: str, batch: Batch, draws: Draws, step: int) -> Losses:
+        _, pooled = encoders.text.encode(pictures.captions(batch))  # type: ignore[union-attr]
+        return Losses(image_tower_loss(tower, batch.pixels.to(device), pooled.to(device)))
+
+    def info(part: str, network: nn.Module) -> PartInfo:
+        return part_info(settings, part, network, {})
+
+    return Task(
+        {"image_encoder": tower}, pictures.order(), pictures.load, loss, info, lambda trained, out: None,
+        players={"image_encoder": ["image_encoder"]}, skipped=pictures.skipped,
+    )  # fmt: skip
+
+
+# Stages B and C.
+
+
+@dataclasses.dataclass
+class DiffusionBatch:
+    """One part of a batch: pictures and captions, or what a cache holds of them."""
+
+    plan: BatchPlan
+    places: Sequence[int]
+    pictures: Batch | None = None
+    captions: list[str] = dataclasses.field(default_factory=list)
+    encoded: Encoded | None = None
+
+
+def diffusion_task(
+    settings: RunSettings, pictures: Pictures, device: torch.device, progress: Callable[[int, int], None]
+) -> Task:
+    """Stage B or C on latents of frozen encoders, computed as they come or cached."""
+    is_b = settings.recipe == "stage_b"
+    needed = ["semantic", "text_encoder", "stage_a" if is_b else "image_encoder"]
+    encoders = load_encoders(settings.parts, needed, device)
+    network: StageB | StageC = (
+        StageB(configured(STAGE_B, settings)) if is_b else StageC(configured(STAGE_C, settings))
+    )
+    network.to(device)
+    cache = open_diffusion_cache(settings, pictures, encoders, needed, device, progress)
+    adaptive = AdaptiveWeight()
+    loss_of = stage_b_loss if is_b else stage_c_loss
+
+    def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
+        if cache is None:
+            batch = pictures.load(plan, places)
+            return DiffusionBatch(plan, places, batch, pictures.captions(batch))
+        samples = [plan.samples[place] for place in places]
+        numbers = [
+            pictures.caption_number(plan, place, cache.captions[sample])
+            for place, sample in zip(places, samples, strict=True)
+        ]
+        return DiffusionBatch(plan, places, encoded=cache.read(samples, numbers))
+
+    def loss(player: str, batch: DiffusionBatch, draws: Draws, step: int) -> Losses:
+        encoded = batch.encoded or encode_batch(settings, encoders, batch, device)
+        return loss_of(settings, network, encoded, draws, adaptive, encoders, device)
+
+    @torch.no_grad()
+    def sample(trained: dict[str, nn.Module], out: Path) -> Image.Image:
+        if is_b:
+            return sample_stage_b(settings, trained["stage_b"], encoders, first_batch(pictures, 4), device)
+        return sample_stage_c(settings, trained["stage_c"], encoders, pictures, device)
+
+    def info(part: str, network: nn.Module) -> PartInfo:
+        extra = {"prediction": settings.diffusion.prediction, **settings.diffusion.sampling}
+        return part_info(settings, part, network, extra)
+
+    return Task(
+        {settings.recipe: network}, pictures.order(cache.buckets if cache else None), load, loss, info, sample,
+        players={settings.recipe: [settings.recipe]}, tables={"adaptive": adaptive}, skipped=pictures.skipped,
+    )  # fmt: skip
+
+
+def open_diffusion_cache(
+    settings: RunSettings,
+    pictures: Pictures,
+    encoders: Encoders,
+    needed: Sequence[str],
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Cache | None:
+    if not settings.data.cache:
+        return None
+    if settings.recipe == "stage_b" and settings.diffusion.semantic_scale != (1.0, 1.0):
+        raise SettingsError(
+            "data.cache keeps one set of semantic latents a picture: with it, Stage B needs "
+            "diffusion.semantic_scale = [1.0, 1.0]."
+        )
+    parts = [(part, getattr(settings.parts, part)) for part in needed]
+    files = [part_path(part, given) for part, given in parts if given is not None]
+    folder = Path(settings.out) / "cache"
+    return open_cache(folder, pictures.source, pictures.buckets, encoders, files, device, progress)
+
+
+@torch.no_grad()
+def encode_batch(
+    settings: RunSettings, encoders: Encoders, batch: DiffusionBatch, device: torch.device
+) -> Encoded:
+    """Latents and embeddings of a batch of pictures, computed now."""
+    assert batch.pictures is not None
+    assert encoders.text is not None
+    pixels = batch.pictures.pixels.to(device)
+    smaller = None
+    if settings.recipe == "stage_b":
+        # One factor f ~ U(low, high) for the whole batch, nearest neighbour, sides in steps of 32, as published.
+        low, high = settings.diffusion.semantic_scale
+        whole = Draws(settings.seed, batch.plan.step, [-1 % 2**31])
+        factor = low + (high - low) * float(whole.uniform())
+        size = [max(32, int(factor * side / 32) * 32) for side in pixels.shape[-2:]]
+        smaller = F.interpolate(pixels, size=size, mode="nearest")
+    latents_c, latents_b, image = encode_pictures(encoders, pixels, smaller)
+    hidden, pooled = encoders.text.encode(batch.captions)
+    return Encoded(latents_c, latents_b, hidden, pooled, image)
+
+
+def stage_c_loss(
+    settings: RunSettings,
+    network: StageC,
+    encoded: Encoded,
+    draws: Draws,
+    adaptive: AdaptiveWeight,
+    encoders: Encoders,
+    device: torch.device,
+) -> Losses:
+    """Text dropped to the empty caption with 5 %, the image embedding kept with 10 % (ARCHITECTURE.md 9)."""
+    diffusion = settings.diffusion
+    t = training_times(draws.uniform())
+    hidden, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
+    keep_image = (draws.uniform() < diffusion.keep_image).to(device)
+    image = None
+    if encoded.image_embed is not None:
+        image = encoded.image_embed.to(device) * keep_image[:, None]
+    x0 = encoded.latents_c.to(device)
+    eps = draws.normal(x0.shape[1:])
+    eps = offset_noise(eps, draws.normal((x0.shape[1], 1, 1)), diffusion.offset_noise).to(device)
+    hidden, pooled = hidden.to(device), pooled.to(device)
+
+    def predict(x: Tensor, time: Tensor) -> Tensor:
+        return network(x, time, hidden, pooled, image)
+
+    return diffusion_losses(predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive)
+
+
+def stage_b_loss(
+    settings: RunSettings,
+    network: StageB,
+    encoded: Encoded,
+    draws: Draws,
+    adaptive: AdaptiveWeight,
+    encoders: Encoders,
+    device: torch.device,
+) -> Losses:
+    """Semantic latents dropped to zeros with 10 %, captions with 5 %, pyramid noise (ARCHITECTURE.md 13)."""
+    diffusion = settings.diffusion
+    assert encoded.latents_b is not None
+    t = training_times(draws.uniform())
+    _, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
+    dropped = (draws.uniform() < diffusion.drop_semantic).to(device)
+    semantic = encoded.latents_c.to(device) * (~dropped)[:, None, None, None]
+    x0 = encoded.latents_b.to(device)
+    shape = tuple(x0.shape[1:])
+    eps = pyramid_noise((len(x0), *shape), lambda s: draws.normal(s[1:])) if diffusion.pyramid_noise else None
+    eps = (draws.normal(shape) if eps is None else eps).to(device)
+    pooled = pooled.to(device)
+
+    def predict(x: Tensor, time: Tensor) -> Tensor:
+        return network(x, time, semantic, pooled)
+
+    return diffusion_losses(predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive)
+
+
+def diffusion_losses(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    prediction: Prediction,
+    weight: str,
+    adaptive: AdaptiveWeight,
+) -> Losses:
+    """The published objective: squared error of the prediction, weighted by noise level, mean over the batch.
+
+    `predict(x, time)` is told the time that belongs to the noise level; training is never shifted.
+    """
+    schedule = Schedule()
+    logsnr = schedule.logsnr(t)
+    x = add_noise(x0, eps, logsnr)
+    predicted = predict(x, schedule.time(logsnr))
+    per_sample = per_sample_loss(predicted, target(prediction, x0, eps, logsnr))
+    if weight == "adaptive":
+        weights = adaptive(logsnr)
+        adaptive.update(logsnr, per_sample)
+    else:
+        weights = p2_weight(logsnr) if weight == "p2" else torch.ones_like(logsnr)
+    return Losses((weights * per_sample).mean(), per_sample.detach(), t)
+
+
+def drop_text(encoded: Encoded, dropped: Tensor, encoders: Encoders) -> tuple[Tensor, Tensor]:
+    """Hidden and pooled text, with the empty caption's where `dropped` (B,) is true."""
+    hidden, pooled = encoded.text_hidden, encoded.text_pooled
+    if not bool(dropped.any()):
+        return hidden, pooled
+    assert encoders.text is not None
+    windows = hidden.shape[1] // encoders.text.window
+    empty_hidden, empty_pooled = encoders.text.encode([""], windows)
+    dropped = dropped.to(hidden.device)
+    return (
+        torch.where(dropped[:, None, None], empty_hidden, hidden),
+        torch.where(dropped[:, None], empty_pooled, pooled),
+    )
+
+
+# Sample grids.
+
+
+def first_batch(pictures: Pictures, count: int) -> Batch:
+    """The first pictures of the run, always the same ones."""
+    plan = pictures.order().plan(0)
+    return pictures.load(plan, tuple(range(min(count, len(plan.samples)))))
+
+
+def run_sampler(
+    predict: Callable[..., list[Tensor]], shape: tuple[int, ...], settings: RunSettings, device: torch.device
+) -> Tensor:
+    """x0 of a whole run from fixed noise, with the sampling defaults that the weights will carry."""
+    chosen = settings.diffusion.sampling
+    schedule = Schedule(chosen.get("shift", 1.0))
+    times, logsnrs = schedule.grid(chosen.get("steps", SAMPLE_STEPS))
+    guidance = Guidance(chosen.get("guidance", 4.0), chosen.get("rescale", 0.7))
+    denoise = Denoiser(predict, schedule, settings.diffusion.prediction, guidance)
+    generators = [torch.Generator().manual_seed(row) for row in range(shape[0])]
+
+    def noise(index: int) -> Tensor:
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
+
+    x0 = None
+    for step in SAMPLERS[chosen.get("sampler", "ddpm")](denoise, noise(-1), times, logsnrs, noise):
+        x0 = step.x0
+    assert x0 is not None
+    return x0
+
+
+def sample_stage_c(
+    settings: RunSettings, network: nn.Module, encoders: Encoders, pictures: Pictures, device: torch.device
+) -> Image.Image:
+    """The sample prompts as the previewer shows them."""
+    from triptych.training.encoders import frozen
+
+    assert encoders.text is not None
+    prompts = settings.sample_prompts
+    hidden, pooled = encoders.text.encode([*prompts, *[""] * len(prompts)])
+    side = pictures.settings.data.size // 32
+
+    def predict(x: Tensor, t: Tensor, branches: Sequence[str]) -> list[Tensor]:
+        both = len(branches) == 2
+        rows = slice(None) if both else slice(0, len(prompts))
+        x, t = (torch.cat([x, x]), torch.cat([t, t])) if both else (x, t)
+        return list(network(x, t, hidden[rows].to(device), pooled[rows].to(device)).chunk(len(branches)))
+
+    latents = run_sampler(predict, (len(prompts), 16, side, side), settings, device)
+    previewer = frozen("previewer", settings.parts.previewer, device)
+    return grid(to_images(F.interpolate(previewer(latents), scale_factor=2)), columns=4)
+
+
+def sample_stage_b(
+    settings: RunSettings, network: nn.Module, encoders: Encoders, batch: Batch, device: torch.device
+) -> Image.Image:
+    """True pictures above what Stages B and A make of their semantic latents."""
+    assert encoders.text is not None
+    assert encoders.stage_a is not None
+    pixels = batch.pixels.to(device)
+    latents_c, latents_b, _ = encode_pictures(encoders, pixels)
+    assert latents_b is not None
+    _, pooled = encoders.text.encode([sample.caption for sample in batch.samples])
+    _, empty = encoders.text.encode([""])
+
+    def predict(x: Tensor, t: Tensor, branches: Sequence[str]) -> list[Tensor]:
+        outputs = [network(x, t, latents_c, pooled.to(device))]
+        if len(branches) == 2:
+            nothing = torch.zeros_like(latents_c)
+            outputs.append(network(x, t, nothing, empty.expand_as(pooled).to(device)))
+        return outputs
+
+    made = run_sampler(predict, tuple(latents_b.shape), settings, device)
+    shown = encoders.stage_a.decode(made)  # type: ignore[operator]
+    return grid(to_images(torch.cat([pixels, shown])), columns=len(pixels))

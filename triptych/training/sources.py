@@ -1,0 +1,81 @@
+"""From the data table of the settings to a source, its canvases and the order of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from triptych.data.batches import Batch, BatchOrder, BatchPlan, choose_caption, draws, order_of
+from triptych.data.batches import load_batch as load_pixels
+from triptych.data.buckets import Bucket, make_buckets
+from triptych.data.shards import ShardIndex, without_share_alike
+from triptych.data.sources import DrawnShapes, Joined, Source
+from triptych.errors import SettingsError
+from triptych.training.config import DataSettings, RunSettings
+
+CAPTION = 4  # what a draw of data/batches.py is for, after its own four
+
+
+class Pictures:
+    """The pictures of a run: where they come from, on which canvases, in which order."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        data = settings.data
+        self.settings = settings
+        self.shards: ShardIndex | None = None
+        self.buckets = make_buckets(data.size, data.ratios, data.factor)
+        self.source = self.build_source(data)
+
+    def build_source(self, data: DataSettings) -> Source:
+        sources: list[Source] = []
+        repeats = []
+        if data.shards:
+            self.shards = ShardIndex(data.shards, keep=None if data.share_alike else without_share_alike)
+            sources.append(self.shards)
+            repeats.append(data.repeat)
+        if data.shapes:
+            canvases = [(bucket.height, bucket.width) for bucket in self.buckets]
+            sources.append(DrawnShapes(data.shapes, data.shapes_seed, canvases))
+            repeats.append(1)
+        if not sources:
+            raise SettingsError("There are no pictures to train on: set data.shards, data.shapes or both.")
+        return Joined(sources, repeats)
+
+    def order(self, places: Sequence[int] | None = None) -> BatchOrder:
+        """The batches; `places` are known buckets of the samples, from a cache."""
+        settings = self.settings
+        if places is not None:
+            return BatchOrder(places, settings.batch, settings.seed)
+        return order_of(
+            self.source, self.buckets, settings.batch, settings.seed, settings.data.random_share
+        )
+
+    def load(self, plan: BatchPlan, places: Sequence[int]) -> Batch:
+        """Pixels and samples at some places of a batch."""
+        data, seed = self.settings.data, self.settings.seed
+        return load_pixels(self.source, plan, self.buckets, seed, places, data.random_crop, data.zoom)
+
+    def captions(self, batch: Batch) -> list[str]:
+        """One caption for each sample of a batch."""
+        share = self.settings.data.main_caption
+        return [
+            choose_caption(sample, self.caption_draw(batch.plan, place), share)
+            for sample, place in zip(batch.samples, batch.places, strict=True)
+        ]
+
+    def caption_number(self, plan: BatchPlan, place: int, count: int) -> int:
+        """Which of `count` captions a sample shows at this step: the rule of `choose_caption`."""
+        u, share = self.caption_draw(plan, place), self.settings.data.main_caption
+        if count == 0:
+            return -1
+        if count == 1 or u < share:
+            return 0
+        return 1 + int((u - share) / (1 - share) * (count - 1))
+
+    def caption_draw(self, plan: BatchPlan, place: int) -> float:
+        return float(draws(self.settings.seed, plan.step, CAPTION, place, count=1)[0])
+
+    def skipped(self) -> list[str]:
+        """Samples that could not be read, with the reason."""
+        if self.shards is None:
+            return []
+        return [f"{broken.shard}: {broken.key}: {broken.reason}" for broken in self.shards.broken]
