@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from triptych.apps.cli import generate
+from triptych.apps.cli import convert, evaluate, generate, info, models, train
 from triptych.errors import TriptychError, nearest
 
 USAGE_STATUS = 2
@@ -51,7 +51,12 @@ def root(
     pass
 
 
-app.command("generate", help=generate.HELP)(generate.generate)
+app.command(help=generate.HELP)(generate.generate)
+app.command(help=train.HELP)(train.train)
+app.command(help=evaluate.HELP)(evaluate.evaluate)
+app.command(help=models.HELP)(models.models)
+app.command(help=info.HELP)(info.info)
+app.command(help=convert.HELP)(convert.convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
