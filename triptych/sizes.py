@@ -1,4 +1,4 @@
-"""Arithmetic between picture sizes and latent grids (ARCHITECTURE.md section 2 of the published model).
+"""Arithmetic between picture sizes and latent grids (the rules of the published model).
 
 The published pipeline divides by the decimal 42.67; that number, and the rule that picture sides are
 multiples of 8, live here and nowhere else.

@@ -39,7 +39,7 @@ def test_placeholders_stand_for_the_folder_of_the_file_and_the_output(tmp_path: 
 def test_a_wrong_setting_is_one_sentence(change: str, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('recipe = "stage_c"\nout = "o"\nsteps = 5\n')
-    with pytest.raises(SettingsError, match=".") as raised:
+    with pytest.raises(SettingsError) as raised:
         read_settings(file, [change])
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -59,8 +59,14 @@ def test_every_recipe_in_the_repository_is_valid(path: Path) -> None:
 
 
 values = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
-    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.text(),
+    lambda inner: (
+        strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 keys = strategies.sampled_from(sorted(RunSettings.model_fields)) | strategies.text()
@@ -70,6 +76,7 @@ keys = strategies.sampled_from(sorted(RunSettings.model_fields)) | strategies.te
 @given(strategies.dictionaries(keys, values, max_size=5))
 def test_any_table_is_accepted_or_refused_in_one_sentence(raw: dict) -> None:
     try:
-        assert isinstance(check_settings(MINIMAL | raw, "fuzz"), RunSettings)
-    except SettingsError as error:
-        assert str(error)
+        run = check_settings(MINIMAL | raw, "fuzz")
+    except SettingsError:
+        return
+    assert isinstance(run, RunSettings)

@@ -54,7 +54,7 @@ def test_a_tiny_recipe_runs_by_itself_and_writes_parts_that_load(recipe: str, tm
     for part in PARTS[recipe]:
         _, info = load_part(tmp_path / f"{part}.safetensors", part)
         assert info.step == 4
-        assert info.recipe == f"tiny {'semantic encoder' if recipe == 'semantic' else recipe.replace('_', ' ').replace(' a', ' A').replace(' b', ' B').replace(' c', ' C')}"
+        assert info.recipe == settings(recipe, tmp_path).name
     assert (tmp_path / "samples" / "0000004.png").exists()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
@@ -67,8 +67,12 @@ def test_a_stopped_run_continues_bit_for_bit(recipe: str, tmp_path: Path) -> Non
     with pytest.raises(Stopped):
         train(settings(recipe, tmp_path / "broken", *changes), stop_at(5))
     train(settings(recipe, tmp_path / "broken", *changes))
-    assert same_tensors(tmp_path / "unbroken" / "state.safetensors", tmp_path / "broken" / "state.safetensors")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert same_tensors(
+        tmp_path / "unbroken" / "state.safetensors", tmp_path / "broken" / "state.safetensors"
+    )
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps))
 
 
@@ -78,7 +82,9 @@ def test_a_killed_process_leaves_a_state_that_continues_exactly(tmp_path: Path) 
     command = [sys.executable, "-m", "triptych.apps.cli.main", "train", str(RECIPES / "stage_c.toml"), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     broken = tmp_path / "broken"
-    process = subprocess.Popen([*command, "--set", f"out={broken}"], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--set", f"out={broken}"], env=environment, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 240
     while not (broken / "state.safetensors").exists():
         assert process.poll() is None
@@ -110,9 +116,12 @@ def test_training_from_a_cache_gives_the_same_losses(recipe: str, tmp_path: Path
         "diffusion.semantic_scale=[1.0, 1.0]", "network.dropout=[0.0, 0.0]",
     )  # fmt: skip
     train(settings(recipe, tmp_path / "live", *changes))
-    train(settings(recipe, tmp_path / "cached", *changes, "data.cache=true"))
+    train(settings(recipe, tmp_path / "cached", *changes, f"data.cache={tmp_path}/cache"))
     losses = [
-        [json.loads(line)[f"{recipe}.loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)[f"{recipe}.loss"]
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
         for name in ("live", "cached")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
@@ -121,7 +130,9 @@ def test_training_from_a_cache_gives_the_same_losses(recipe: str, tmp_path: Path
 def test_a_cache_is_made_again_when_what_made_it_changes(tmp_path: Path) -> None:
     seen: list[str] = []
     for changes in ((), (), ("data.size=64",)):
-        run = settings("stage_c", tmp_path, "steps=1", "data.cache=true", "data.ratios=[1.0]", *changes)
+        run = settings(
+            "stage_c", tmp_path, "steps=1", f"data.cache={tmp_path}/cache", "data.ratios=[1.0]", *changes
+        )
         (tmp_path / "state.safetensors").unlink(missing_ok=True)
         train(run)
         mark = (tmp_path / "cache" / "samples-00000.safetensors").stat().st_mtime_ns
@@ -134,7 +145,9 @@ def test_a_run_can_start_from_averaged_weights_alone(tmp_path: Path) -> None:
     train(settings("stage_c", tmp_path / "first", "steps=2", "ema.start=0"))
     changes = (f"init={tmp_path / 'first'}", "steps=1", "optim.warmup=1")  # the first update has rate 0
     train(settings("stage_c", tmp_path / "second", *changes))
-    assert same_tensors(tmp_path / "first" / "stage_c.safetensors", tmp_path / "second" / "stage_c.safetensors")
+    assert same_tensors(
+        tmp_path / "first" / "stage_c.safetensors", tmp_path / "second" / "stage_c.safetensors"
+    )
 
 
 @pytest.mark.parametrize("recipe", PARTS)
@@ -146,7 +159,7 @@ def test_every_recipe_overfits_one_batch(recipe: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     if recipe == "semantic":
         changes.append("data.size=64")
-    train(settings(recipe, tmp_path, *changes, "data.cache=false"))
+    train(settings(recipe, tmp_path, *changes))
     player = "autoencoder" if recipe in ("stage_a", "semantic") else recipe
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line[f"{player}.loss"] for line in lines]

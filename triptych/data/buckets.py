@@ -1,6 +1,6 @@
 """Aspect buckets: which canvas a picture is trained on, and how it is resized and cropped to it.
 
-Arithmetic only, after the published trainer (ARCHITECTURE.md section 16): every ratio gets the largest
+Arithmetic only, after the published trainer: every ratio gets the largest
 canvas of about `size` x `size` pixels whose sides are multiples of `factor`; a picture goes to the canvas of
 the nearest ratio, is resized until it covers it, and cropped.
 """

@@ -64,7 +64,7 @@ def norm_last(x: Tensor, eps: float = NORM_EPS) -> Tensor:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Divides each channel's energy over the picture by the mean energy of all channels [ConvNeXt V2, eq. 1-3]."""
+    """Divides each channel's energy over the picture by the mean of all channels [ConvNeXt V2, eq. 1-3]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -7,8 +7,11 @@ sets of pictures) and adds a small trained head. Neither takes part in making pi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 RGB_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, what the weights were trained with
 RGB_STD = (0.229, 0.224, 0.225)
@@ -83,3 +86,34 @@ class MobileNetV2(nn.Module):
     def pooled(self, pixels: Tensor) -> Tensor:
         """The features a distance is measured in (B,1280): the last maps, averaged."""
         return self.maps(pixels)[1].mean((2, 3))
+
+
+@dataclass(frozen=True)
+class IconJudgeConfig:
+    classes: int = 100
+    side: int = 128  # pictures are brought to side x side
+
+
+class IconJudge(nn.Module):
+    """Which of a list of concepts a picture shows: one linear layer on pooled maps of `MobileNetV2`."""
+
+    def __init__(self, config: IconJudgeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MobileNetV2()
+        self.head = nn.Linear(2 * FEATURES + 5 * MIDDLE_CHANNELS, config.classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (B,3,H,W) in [0,1], any size -> scores (B,classes), the logits of a softmax."""
+        scores: Tensor = self.head(self.describe(pixels))
+        return scores
+
+    def describe(self, pixels: Tensor) -> Tensor:
+        """What the head sees (B,3040): both maps averaged, the last one's maxima, the middle one in
+        quarters."""
+        side = (self.config.side, self.config.side)
+        if pixels.shape[2:] != side:
+            pixels = F.interpolate(pixels, side, mode="bilinear", antialias=True)
+        middle, last = self.backbone.maps(pixels)
+        quarters = F.adaptive_avg_pool2d(middle, 2).flatten(1)
+        return torch.cat([last.mean((2, 3)), last.amax((2, 3)), middle.mean((2, 3)), quarters], dim=1)

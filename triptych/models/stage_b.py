@@ -46,11 +46,11 @@ STAGE_B = {
         up_repeats=(2, 2, 2, 2),
     ),
     "mini": StageBConfig(
-        widths=(64, 128, 192),
+        widths=(48, 96, 192),
         heads=(0, 0, 3),
         patterns=("CT", "CT", "CTA"),
-        down_blocks=(1, 2, 2),
-        up_blocks=(2, 2, 2),
+        down_blocks=(1, 1, 2),
+        up_blocks=(2, 1, 1),
         down_repeats=(1, 1, 1),
         up_repeats=(1, 1, 1),
         cond_width=192,
@@ -94,7 +94,7 @@ class StageB(Trunk):
         return [self.clip_mapper, *convs]
 
     def embed_conditioning(self, text_pooled: Tensor) -> Tensor:
-        """Pooled text (B, pooled_width) or (B, n, pooled_width) -> tokens (B, n * tokens_per_vector, cond_width)."""
+        """Pooled text (B, pooled_width) or (B, n, pooled_width) -> (B, n * tokens_per_vector, cond_width)."""
         return norm_last(self.pooled_tokens(self.clip_mapper, text_pooled))
 
     def embed_inputs(self, x: Tensor, semantic: Tensor, pixels: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class StageB(Trunk):
     ) -> Tensor:
         """The prediction for x (B, 4, H, W), H and W even, at times t (B,) in [0, 1].
 
-        semantic (B, 16, h, w) of any size; zeros are its unconditional value. pixels (B, 3, h', w') in [0, 1].
+        semantic (B, 16, h, w) of any size, zeros where unconditional. pixels (B, 3, h', w') in [0, 1].
         """
         extra = [{"sca": sca}[name] for name in self.config.extra_times]
         time_vector = self.time_vector(t, extra).to(x.dtype)  # (B, time_size * 2)

@@ -44,11 +44,11 @@ STAGE_C = {
         widths=(1536, 1536), heads=(24, 24), cond_width=1536, down_blocks=(4, 12), up_blocks=(12, 4)
     ),
     "mini": StageCConfig(
-        widths=(256, 256),
-        heads=(4, 4),
-        cond_width=256,
-        down_blocks=(2, 4),
-        up_blocks=(4, 2),
+        widths=(192, 192),
+        heads=(3, 3),
+        cond_width=192,
+        down_blocks=(1, 2),
+        up_blocks=(2, 1),
         tokens_per_vector=2,
         text_width=384,
         pooled_width=384,
@@ -98,7 +98,8 @@ class StageC(Trunk):
         """Condition tokens: text, then pooled text, then images.
 
         text_hidden (B, n, text_width), text_pooled (B, pooled_width) or (B, 1, pooled_width), image_embed
-        (B, image_width) or (B, k, image_width), zeros if None -> (B, n + (1 + k) * tokens_per_vector, cond_width).
+        (B, image_width) or (B, k, image_width), zeros if None.
+        Returns (B, n + (1 + k) * tokens_per_vector, cond_width).
         """
         if image_embed is None:
             image_embed = text_pooled.new_zeros(text_pooled.shape[0], 1, self.config.image_width)
@@ -120,7 +121,7 @@ class StageC(Trunk):
         sca: Tensor | None = None,
         crp: Tensor | None = None,
     ) -> Tensor:
-        """The prediction for x (B, 16, h, w) at times t (B,) in [0, 1]; conditions as in `embed_conditioning`.
+        """The prediction for x (B, 16, h, w) at times t (B,) in [0, 1]; for conditions see above.
 
         `residuals` is a list with gaps: entry k, (B, widths, h', w'), is added before ConvBlock k.
         """

@@ -128,7 +128,7 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights as published (ARCHITECTURE.md section 6); a fresh network outputs exactly zero."""
+        """Fresh weights as the official code draws them; a fresh network outputs exactly zero."""
         if self.embedding[1].weight.is_meta:  # weights follow from a file; a normal draw on the meta device
             return  #                           would import torch's whole compiler, which takes seconds
         for module in self.modules():
@@ -156,9 +156,9 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def time_vector(self, t: Tensor, extra: Sequence[Tensor | None]) -> Tensor:
-        """t (B,) in [0, 1] and the extra scalars (zeros where None) -> (B, time_size * (1 + extras)), float32.
+        """t (B,) in [0, 1] and the extra scalars -> (B, time_size * (1 + extras)), float32.
 
-        The extras default to 0, whose embedding is not zero: they are always computed.
+        Extras that are None are 0, whose embedding is not zero: they are always computed.
         """
         scalars = [t, *(torch.zeros_like(t) if value is None else value for value in extra)]
         return torch.cat([embed_time(scalar, self.config.time_size) for scalar in scalars], dim=1)

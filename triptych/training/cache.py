@@ -84,7 +84,7 @@ def open_cache(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> Cache:
-    """The cache in `folder`, made or completed first if need be. `progress(done, of)` is told how far it is."""
+    """The cache in `folder`, made or completed first if need be; `progress(done, of)` follows it."""
     assert encoders.text is not None
     folder.mkdir(parents=True, exist_ok=True)
     mark = {
@@ -123,7 +123,7 @@ def encode_chunk(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    """All tensors of some samples, float16: c.N, b.N latents, i.N image embedding, t.N.K and p.N.K captions."""
+    """The tensors of some samples, float16: c.N, b.N latents, i.N embedding, t.N.K and p.N.K captions."""
     assert encoders.text is not None
     tensors: dict[str, Tensor] = {}
     place_of: list[int] = []

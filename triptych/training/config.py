@@ -44,7 +44,7 @@ class DataSettings(Settings):
     random_crop: bool = Field(True, description="crop at random, not at the centre")
     zoom: float = Field(1.0, ge=1, description="crop from pictures resized to this many times the canvas")
     main_caption: float = Field(0.5, ge=0, le=1, description="how often the main caption is chosen")
-    cache: bool = Field(False, description="encode every picture and caption once, before training")
+    cache: str = Field("", description="folder for latents and embeddings made once, before training")
     readers: int = Field(1, ge=0, description="batches read ahead in the background")
 
 
@@ -93,7 +93,9 @@ class RunSettings(Settings):
     name: str = Field("", description="shown in logs and stored in the weights")
     out: str = Field(description="folder for checkpoints, weights, log and samples")
     size: str = Field("tiny", description="network size: a preset of its file")
-    network: dict[str, Any] = Field(default_factory=dict, description="fields of the network's config to change")
+    network: dict[str, Any] = Field(
+        default_factory=dict, description="fields of the network's config to change"
+    )
     init: str | None = Field(None, description="folder with weights to start from (say, an EMA)")
     seed: int = Field(0, ge=0)
     steps: int = Field(1000, ge=1, description="updates")
@@ -104,9 +106,13 @@ class RunSettings(Settings):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1, description="updates between checkpoints")
     sample_every: int = Field(1000, ge=1, description="updates between sample grids")
-    sample_prompts: tuple[str, ...] = Field(("a red apple", "a blue circle", "a smiling face", "a green tree"))
+    sample_prompts: tuple[str, ...] = Field(
+        ("a red apple", "a blue circle", "a smiling face", "a green tree")
+    )
     tensorboard: bool = Field(True, description="also write TensorBoard files, where it is installed")
-    store: Literal["float32", "bfloat16", "float16"] = Field("float32", description="format of weights written")
+    store: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="format of weights written"
+    )
     licence: str = Field("", description="licence of the weights written")
     notice: str = Field("", description="attribution that travels with them")
     optim: OptimSettings = Field(default_factory=OptimSettings)

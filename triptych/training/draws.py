@@ -25,7 +25,9 @@ class Draws:
     """Draws for the samples at `places` of the global batch of one step; all on the CPU."""
 
     def __init__(self, seed: int, step: int, places: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(key(seed, TRAINING, step, place)) for place in places]
+        self.generators = [
+            torch.Generator().manual_seed(key(seed, TRAINING, step, place)) for place in places
+        ]
 
     def __len__(self) -> int:
         return len(self.generators)

@@ -84,7 +84,7 @@ def frozen(part: str, given: str, device: torch.device) -> nn.Module:
 def encode_pictures(
     encoders: Encoders, pixels: Tensor, semantic_pixels: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """latents_c, latents_b and image embeddings of pixels (B,3,H,W); `semantic_pixels` may be smaller ones."""
+    """latents_c, latents_b, image embeddings of pixels (B,3,H,W); `semantic_pixels` may be smaller ones."""
     assert encoders.semantic is not None
     latents_c = encoders.semantic(pixels if semantic_pixels is None else semantic_pixels)
     latents_b = None

@@ -25,7 +25,7 @@ class RunLog:
         self.path = out / "log.jsonl"
         self.settings = settings
         keep_lines(self.path, step)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self.board = open_tensorboard(out, step) if settings.tensorboard else None
         self.first_step, self.first_time = step, time.monotonic()
         self.clear()

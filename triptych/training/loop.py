@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,13 @@ from triptych.errors import TrainingError
 from triptych.training.config import RunSettings
 from triptych.training.draws import DROPOUT, Draws, key
 from triptych.training.log import RunLog
-from triptych.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate, update_ema
+from triptych.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    update_ema,
+)
 from triptych.training.recipes import build_task
 from triptych.training.state import State, load_strictly
 from triptych.training.task import Losses, Task
@@ -54,9 +59,13 @@ def train(settings: RunSettings, watch: Callable[[Progress], None] = lambda prog
     task = build_task(settings, device, lambda done, of: watch(Progress("cache", done, of)))
     if settings.init is not None:
         start_from(task, Path(settings.init))
-    averages = {part: copy.deepcopy(network).eval().requires_grad_(False) for part, network in task.networks.items()}
+    averages = {
+        part: copy.deepcopy(network).eval().requires_grad_(False) for part, network in task.networks.items()
+    }
     optimizers = {
-        player: build_optimizer([p for part in parts for p in task.trained[part].parameters()], settings.optim)
+        player: build_optimizer(
+            [p for part in parts for p in task.trained[part].parameters()], settings.optim
+        )
         for player, parts in task.players.items()
     }
     state = State(task, averages, optimizers)
@@ -95,7 +104,9 @@ def run(
             update_ema(average, task.networks[part], state.step, settings.ema)
         log.add(state.step, losses, norms, learning_rate(step, settings.optim))
         first = next(iter(losses.values()))
-        watch(Progress("train", state.step, settings.steps, sum(float(part.total.detach()) for part in first)))
+        watch(
+            Progress("train", state.step, settings.steps, sum(float(part.total.detach()) for part in first))
+        )
         last = state.step == settings.steps
         if state.step % settings.sample_every == 0 or last:
             save_samples(task, state, out)
@@ -137,7 +148,9 @@ def update(
     return losses, norm
 
 
-def read_batches(settings: RunSettings, task: Task, start: int) -> Iterator[list[tuple[Any, Callable[[], Draws]]]]:
+def read_batches(
+    settings: RunSettings, task: Task, start: int
+) -> Iterator[list[tuple[Any, Callable[[], Draws]]]]:
     """For each step the parts of its batch with their draws, read ahead in the background."""
     share = max(1, settings.batch // settings.accumulate)
 

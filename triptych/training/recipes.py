@@ -40,6 +40,7 @@ from triptych.training.task import Losses, Task
 from triptych.training.vqgan import stage_a_task
 
 SAMPLE_STEPS = 20  # of the sample grids
+WHOLE_BATCH = 2**31  # a place that no sample has, for draws that a batch shares
 
 
 def build_task(settings: RunSettings, device: torch.device, progress: Callable[[int, int], None]) -> Task:
@@ -99,7 +100,9 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
         "previewer": Previewer(PREVIEWER[settings.size]).to(device),
     }
 
-    def reconstruct(trained: dict[str, nn.Module], pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def reconstruct(
+        trained: dict[str, nn.Module], pixels: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         latents = trained["semantic"](pixels)
         if noise is not None:
             latents = latents + weights.latent_noise * noise
@@ -174,6 +177,8 @@ def diffusion_task(
     """Stage B or C on latents of frozen encoders, computed as they come or cached."""
     is_b = settings.recipe == "stage_b"
     needed = ["semantic", "text_encoder", "stage_a" if is_b else "image_encoder"]
+    if settings.data.cache:  # one cache serves Stages B and C, so it holds what either needs
+        needed = ["semantic", "text_encoder", "stage_a", "image_encoder"]
     encoders = load_encoders(settings.parts, needed, device)
     network: StageB | StageC = (
         StageB(configured(STAGE_B, settings)) if is_b else StageC(configured(STAGE_C, settings))
@@ -209,7 +214,8 @@ def diffusion_task(
         return part_info(settings, part, network, extra)
 
     return Task(
-        {settings.recipe: network}, pictures.order(cache.buckets if cache else None), load, loss, info, sample,
+        {settings.recipe: network}, pictures.order(cache.buckets if cache else None),
+        load, loss, info, sample,
         players={settings.recipe: [settings.recipe]}, tables={"adaptive": adaptive}, skipped=pictures.skipped,
     )  # fmt: skip
 
@@ -231,7 +237,7 @@ def open_diffusion_cache(
         )
     parts = [(part, getattr(settings.parts, part)) for part in needed]
     files = [part_path(part, given) for part, given in parts if given is not None]
-    folder = Path(settings.out) / "cache"
+    folder = Path(settings.data.cache)
     return open_cache(folder, pictures.source, pictures.buckets, encoders, files, device, progress)
 
 
@@ -245,9 +251,9 @@ def encode_batch(
     pixels = batch.pictures.pixels.to(device)
     smaller = None
     if settings.recipe == "stage_b":
-        # One factor f ~ U(low, high) for the whole batch, nearest neighbour, sides in steps of 32, as published.
+        # As published: one factor f ~ U(low, high) for the batch, nearest neighbour, sides in steps of 32.
         low, high = settings.diffusion.semantic_scale
-        whole = Draws(settings.seed, batch.plan.step, [-1 % 2**31])
+        whole = Draws(settings.seed, batch.plan.step, [WHOLE_BATCH])
         factor = low + (high - low) * float(whole.uniform())
         size = [max(32, int(factor * side / 32) * 32) for side in pixels.shape[-2:]]
         smaller = F.interpolate(pixels, size=size, mode="nearest")
@@ -265,7 +271,7 @@ def stage_c_loss(
     encoders: Encoders,
     device: torch.device,
 ) -> Losses:
-    """Text dropped to the empty caption with 5 %, the image embedding kept with 10 % (ARCHITECTURE.md 9)."""
+    """Text dropped to the empty caption with 5 %, the image embedding kept with 10 % as published."""
     diffusion = settings.diffusion
     t = training_times(draws.uniform())
     hidden, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
@@ -293,7 +299,7 @@ def stage_b_loss(
     encoders: Encoders,
     device: torch.device,
 ) -> Losses:
-    """Semantic latents dropped to zeros with 10 %, captions with 5 %, pyramid noise (ARCHITECTURE.md 13)."""
+    """Semantic latents dropped to zeros with 10 %, captions with 5 %, pyramid noise as published."""
     diffusion = settings.diffusion
     assert encoded.latents_b is not None
     t = training_times(draws.uniform())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from triptych.data.batches import Batch, BatchOrder, BatchPlan, choose_caption, draws, order_of
 from triptych.data.batches import load_batch as load_pixels
-from triptych.data.buckets import Bucket, make_buckets
+from triptych.data.buckets import make_buckets
 from triptych.data.shards import ShardIndex, without_share_alike
 from triptych.data.sources import DrawnShapes, Joined, Source
 from triptych.errors import SettingsError
@@ -45,9 +45,7 @@ class Pictures:
         settings = self.settings
         if places is not None:
             return BatchOrder(places, settings.batch, settings.seed)
-        return order_of(
-            self.source, self.buckets, settings.batch, settings.seed, settings.data.random_share
-        )
+        return order_of(self.source, self.buckets, settings.batch, settings.seed, settings.data.random_share)
 
     def load(self, plan: BatchPlan, places: Sequence[int]) -> Batch:
         """Pixels and samples at some places of a batch."""

@@ -60,7 +60,9 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
         if judged:
             assert judge is not None
             judgement = judge(shown)
-            total = total + weights.adversarial * F.binary_cross_entropy(judgement, torch.ones_like(judgement))
+            total = total + weights.adversarial * F.binary_cross_entropy(
+                judgement, torch.ones_like(judgement)
+            )
         terms = {"psnr": -10 * squared.detach().log10(), "codebook": codebook.detach()}
         return Losses(total, terms=terms)
 
@@ -70,7 +72,9 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
         batch = pictures.load(plan, tuple(range(min(SHOWN, len(plan.samples)))))
         pixels = batch.pixels.to(device)
         network: Any = trained["stage_a"]
-        return grid(to_images(torch.cat([pixels, network.decode(network.encode(pixels))])), columns=len(pixels))
+        return grid(
+            to_images(torch.cat([pixels, network.decode(network.encode(pixels))])), columns=len(pixels)
+        )
 
     def info(part: str, network: nn.Module) -> PartInfo:
         config = config_fields(network.config)
@@ -91,9 +95,9 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
 
 
 def reconstruct(stage_a: StageA, pixels: Tensor, through_codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The picture from codes where `through_codes` (B,), else from the continuous latents; the codebook's loss.
+    """The picture, from codes where `through_codes` (B,) and else from the latents, and the codebook's loss.
 
-    Generation never quantises, so a decoder that also sees continuous latents while training serves it better.
+    Generation never quantises, so a decoder that also sees continuous latents serves it better.
     """
     quantised = stage_a.encode_quantised(pixels)
     latents = torch.where(through_codes[:, None, None, None], quantised.codes, quantised.latents)
