@@ -35,7 +35,7 @@ from triptych.checkpoints.files import read_header, read_tensors, write_tensors
 from triptych.checkpoints.fit import identify
 from triptych.checkpoints.headers import METADATA_KEY, PartInfo
 from triptych.checkpoints.keys import comfyui_name, names_in_layout, split_comfyui
-from triptych.checkpoints.load import NETWORKS, Part, assign, read_part
+from triptych.checkpoints.load import NETWORKS, Part, assign, build_network, read_part
 from triptych.errors import CheckpointError
 
 TARGETS = ("official", "diffusers", "comfyui")
@@ -128,9 +128,7 @@ def convert_model(
 def _checked(path: Path, part: str | None) -> Part:
     """A part whose every name and shape fits its network, so that no half-valid file is passed on."""
     contents = read_part(path, part)
-    network, _ = NETWORKS[contents.info.part]
-    with torch.device("meta"):
-        module = network(contents.config)
+    module = build_network(contents.info.part, contents.config, path)
     assign(module, {name: t.to("meta") for name, t in contents.tensors.items()}, path, contents.info.size)
     return contents
 

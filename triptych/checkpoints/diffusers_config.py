@@ -1,4 +1,4 @@
-"""The JSON files of diffusers' model folders, from our configurations; fixed values as in the hub's folders."""
+"""The JSON files of diffusers' model folders, from our configurations; constants as in the hub's folders."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,17 @@ SIZES: dict[str, Mapping[str, Any]] = {
 }
 PUBLISHED_SIZES = ("3.6b", "1b", "1.5b", "700m", "full")  # weights of these sizes are Stability's
 LEFTOVER_SCALE = 0.3764  # Würstchen v2's, still in the hub's Cascade folders, where 0.43 is right
+# Configuration fields that say how many layers there are.
+LAYER_COUNTS = (
+    "levels",
+    "bottleneck_blocks",
+    "down_blocks",
+    "up_blocks",
+    "down_repeats",
+    "up_repeats",
+    "patterns",
+)
+MARGIN = 64
 NARROW_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -89,9 +100,7 @@ def load_part(
     contents = read_part(path, part, size=size)
     if finite:
         check_finite(contents.tensors, path)
-    network, _ = NETWORKS[contents.info.part]
-    with torch.device("meta"):
-        module = network(contents.config)
+    module = build_network(contents.info.part, contents.config, path)
     assign(module, contents.tensors, path, contents.info.size)
     module.eval()
     if dtype == torch.float16:
@@ -122,6 +131,17 @@ def read_part(path: str | os.PathLike[str], part: str | None = None, *, size: st
         info = dataclasses.replace(info, licence=PUBLISHED_LICENCE, notice=PUBLISHED_NOTICE)
     info = dataclasses.replace(info, part=wanted, config=config_fields(config), size=name or info.size)
     return Part(tensors, config, info, layout)
+
+
+def build_network(part: str, config: Any, path: str | os.PathLike[str]) -> nn.Module:
+    """The network of a configuration on the meta device; an impossible one is the fault of the file."""
+    network, _ = NETWORKS[part]
+    try:
+        with torch.device("meta"):
+            return network(config)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} carries a configuration that makes no network: {reason}.") from None
 
 
 def config_fields(config: Any) -> dict[str, Any]:
@@ -165,8 +185,9 @@ def _config(header: Header, stored: PartInfo | None, part: str, tensors: Mapping
     _, config_class = NETWORKS[part]
     if stored is not None and stored.config:
         try:
+            _check_counts(stored.config, len(tensors))
             return config_class(**stored.config)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise CheckpointError(
                 f"{header.path} carries a configuration that makes no sense: {error}."
             ) from None
@@ -185,6 +206,29 @@ def _config(header: Header, stored: PartInfo | None, part: str, tensors: Mapping
         raise CheckpointError(f"{header.path}: {error}") from None
     except (TypeError, ValueError):
         raise CheckpointError(f"{header.path.with_name('config.json')} does not fit {header.path}.") from None
+
+
+def _check_counts(config: Mapping[str, Any], num_tensors: int) -> None:
+    """Refuse a stored configuration that asks for far more layers than the file has tensors.
+
+    Building a network takes time and memory for every layer, on the meta device too.
+    """
+    for name in LAYER_COUNTS:
+        numbers = [n for n in _numbers(config.get(name, 0)) if n > 0]
+        if sum(numbers) > num_tensors + MARGIN:
+            raise ValueError(f"{name} asks for more layers than there are tensors")
+    if sum(stage[-1] for stage in config.get("stages", ())) > num_tensors:
+        raise ValueError("stages ask for more layers than there are tensors")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, str):
+        yield len(value)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _diffusers_config(path: Path) -> dict[str, Any]:

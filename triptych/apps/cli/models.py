@@ -119,7 +119,7 @@ def _presence(row: dict[str, Any]) -> str:
         return "all parts"
     if not row["present"]:
         return "not yet"
-    return f"{len(row['present'])} parts, not {', '.join(row['missing'])}"
+    return f"without {', '.join(row['missing'])}"
 
 
 def _count(parameters: int) -> str:
