@@ -12,7 +12,9 @@ FOLDER = Path(__file__).parent.parent / "reference" / "manifests"
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape of one published file."""
     content = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return {key: tuple(shape) for key, shape in content.get("shapes", content).items()}
+    shapes = content.get("shapes", content)
+    # A LoRA file has as many learned tokens as were trained; two stand for any.
+    return {key: tuple(2 if side == "n_tokens" else side for side in shape) for key, shape in shapes.items()}
 
 
 def write_header_only(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> Path:
