@@ -1,0 +1,148 @@
+"""Evaluation: prompts, seeds, and verdicts on pictures whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from triptych import Cascade
+from triptych.apps.cli.main import app
+from triptych.data.shapes import HELDOUT, draw_shapes
+from triptych.data.shards import ShardIndex
+from triptych.data.sources import DrawnShapes
+from triptych.errors import DataError, RequestError
+from triptych.evaluation.evaluate import (
+    SEED_STRIDE,
+    evaluate_icons,
+    evaluate_reconstruction,
+    evaluate_shapes,
+)
+from triptych.evaluation.icon_judge import load_judge
+from triptych.evaluation.prompts import ShapesPrompt, icon_prompts, shapes_prompts
+from triptych.pipelines.cascade import Event
+from triptych.pipelines.request import Request, Result
+
+FIXTURE = Path(__file__).parents[2] / "recipes" / "tiny" / "fixture-64.tar"
+
+
+class Copyist:
+    """Stands in for a cascade: it "generates" known pictures, by prompt."""
+
+    def __init__(self, images) -> None:
+        self.images = images
+
+    def stream(self, prompts, **settings):
+        request = Request(prompt=tuple(prompts), **settings)
+        pictures = request.pictures()
+        images = [self.images[picture.prompt] for picture in pictures]
+        for index, image in enumerate(images):
+            yield Event("stage_a", 1, 1, [pictures[index]], image=image)
+        result = Result(
+            images=images, latents_c=None, latents_b=None, request=request, timings={}, metadata=[]
+        )
+        yield Event("done", 1, 1, pictures, result=result)
+
+
+@pytest.fixture(scope="module")
+def cascade(tiny_cascade: Path) -> Cascade:
+    return Cascade.load(tiny_cascade, dtype="float32")
+
+
+def test_there_are_a_hundred_prompts_a_set() -> None:
+    sets = shapes_prompts()
+    assert list(sets) == ["shapes_single", "shapes_pairs", "shapes_heldout"]
+    for prompts in (*sets.values(), icon_prompts()):
+        assert len(prompts) == 100
+        assert len({(p.prompt, p.key) for p in prompts}) == 100
+    assert len(shapes_prompts(everything=True)["shapes_val"]) == 300
+    assert {p.concept for p in icon_prompts()} == set(load_judge().concepts)
+    assert len(icon_prompts(everything=True)) >= 100
+
+
+def test_prompts_say_what_is_asked_of_the_picture() -> None:
+    for name, prompts in shapes_prompts().items():
+        for prompt in prompts:
+            assert all(o["shape"] in prompt.prompt and o["colour"] in prompt.prompt for o in prompt.objects)
+            assert (prompt.background is not None) == ("background" in prompt.prompt)
+            pairs = {(o["colour"], o["shape"]) for o in prompt.objects}
+            assert bool(pairs & HELDOUT) == (name == "shapes_heldout")
+            assert name != "shapes_pairs" or len(prompt.relations) == 1
+
+
+def asked_of(sample) -> ShapesPrompt:
+    meta = sample.meta
+    objects, relations = tuple(meta["objects"]), tuple(meta["relations"])
+    return ShapesPrompt(sample.caption, objects, relations, None, meta["kind"], "train", sample.key)
+
+
+def test_true_pictures_are_all_right_and_shuffled_ones_are_not() -> None:
+    samples = [draw_shapes(seed) for seed in range(12)]
+    prompts = [asked_of(sample) for sample in samples]
+    told: list[tuple[int, int]] = []
+    true = Copyist({s.caption: s.image for s in samples})
+    report = evaluate_shapes(true, prompts, seeds=(0, 1), progress=lambda *done: told.append(done))
+    assert report.measures["right"].value == 1
+    assert report.measures["right"].count == 24
+    assert told == [(n, 24) for n in range(1, 25)]
+    assert [row["seed"] for row in report.rows[:2]] == [0, 1]
+    assert report.rows[12]["seed"] == SEED_STRIDE
+    shuffled = Copyist({s.caption: t.image for s, t in zip(samples, samples[1:] + samples[:1], strict=True)})
+    assert evaluate_shapes(shuffled, prompts).measures["right"].value < 0.2
+    json.dumps(report.as_json())
+
+
+def test_icons_are_ranked() -> None:
+    judge = load_judge()
+    samples = list(ShardIndex(FIXTURE, keep=lambda meta: meta.get("concept") in judge.concepts))
+    prompts = [p for p in icon_prompts() if p.concept in {s.meta["concept"] for s in samples}]
+    pictures = {s.meta["concept"]: s.image for s in samples}
+    report = evaluate_icons(Copyist({p.prompt: pictures[p.concept] for p in prompts}), prompts, judge=judge)
+    assert report.measures["first"].value >= 0.8
+    assert report.measures["top5"].value >= report.measures["first"].value
+
+
+def test_a_real_cascade_is_evaluated_and_repeats(cascade: Cascade) -> None:
+    prompts = shapes_prompts()["shapes_single"][:3]
+    first, second = (evaluate_shapes(cascade, prompts, size="64x64") for _ in range(2))
+    assert first.rows == second.rows
+    assert first.settings["steps"] == 3
+    assert len(first.images) == 3
+
+
+def test_reconstruction_measures_both_ways_down(cascade: Cascade) -> None:
+    report = evaluate_reconstruction(cascade, DrawnShapes(3, canvases=[(64, 64), (64, 96)]), count=3)
+    assert len(report.images) == 9
+    assert {"a psnr", "a ssim", "b+a psnr", "a mobilenet distance"} <= set(report.measures)
+    assert report.measures["a psnr"].count == 3
+    assert "b+a mobilenet frechet" in report.numbers
+    with pytest.raises(DataError, match="no readable picture"):
+        evaluate_reconstruction(cascade, DrawnShapes(2, canvases=[(50, 50)]), count=2)
+
+
+def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "shapes", "--model", str(tiny_cascade), "--size", "64x64", "--count", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "new")])
+    assert result.exit_code == 0, result.output
+    assert "shapes_pairs (2 pictures)" in result.output
+    assert "right" in result.output
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    sets = ("shapes_single", "shapes_pairs", "shapes_heldout")
+    assert names == {f"{name}.{kind}" for name in sets for kind in ("json", "png")}
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert [report["name"] for report in json.loads(result.stdout)] == list(sets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shape"], 'called "shape": did you mean "shapes"'),
+        (["icons", "--data", "x.tar"], "--data is for reconstruction only"),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert isinstance(result.exception, RequestError)
+    assert message in str(result.exception)

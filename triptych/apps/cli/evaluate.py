@@ -1,0 +1,183 @@
+"""`triptych evaluate`: fixed prompts, fixed seeds, pictures judged automatically, measures with intervals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from triptych.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    from triptych.evaluation.evaluate import Report
+    from triptych.pipelines.cascade import Cascade
+
+HELP = """Measure a model: shapes, icons or reconstruction.
+
+Examples:
+
+  triptych evaluate shapes
+
+  triptych evaluate icons --model mini --seeds 5 --all --out report
+
+  triptych evaluate reconstruction --data val.tar
+
+shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
+shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
+reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A.
+"""
+
+KINDS = ("shapes", "icons", "reconstruction")
+DEFAULT_PICTURES = 100  # for reconstruction
+
+
+def evaluate(
+    what: Annotated[str, Argument(help="shapes, icons or reconstruction.")],
+    model: Annotated[str, Option(help="mini, cascade, cascade-lite, a hub name or a folder.")] = "mini",
+    stage_c: Annotated[str | None, Option(help="Another Stage C: 3.6b, 1b or a file.")] = None,
+    stage_b: Annotated[str | None, Option(help="Another Stage B: 1.5b, 700m or a file.")] = None,
+    stage_a: Annotated[str | None, Option(help="Another Stage A: a file.")] = None,
+    seeds: Annotated[int, Option(min=1, help="Pictures per prompt, with seeds 0, 1, ...")] = 1,
+    everything: Annotated[
+        bool, Option("--all", help="All validation prompts in place of the 100 fixed ones per set.")
+    ] = False,
+    data: Annotated[
+        Path | None, Option(help="Pictures to reconstruct: a tar shard or folder. [drawn shapes]")
+    ] = None,
+    count: Annotated[
+        int | None, Option(min=1, help="Use only the first so many prompts or pictures.")
+    ] = None,
+    size: Annotated[str | None, Option(help="Width x height in pixels, such as 256x256.")] = None,
+    steps: Annotated[int | None, Option(help="Steps of Stage C.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance of Stage C; 1 is off.")] = None,
+    decoder_steps: Annotated[int | None, Option(help="Steps of Stage B.")] = None,
+    decoder_guidance: Annotated[float | None, Option(help="Guidance of Stage B; 1 is off.")] = None,
+    sampler: Annotated[str | None, Option(help="ddpm, ddim, euler, dpmpp_2m or lcm, for Stage C.")] = None,
+    device: Annotated[str, Option(help="auto, cuda, cuda:1, mps or cpu.")] = "auto",
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    batch: Annotated[int | None, Option(help="Pictures that share a network call. [up to 4]")] = None,
+    out: Annotated[Path | None, Option(help="Folder for picture grids and one JSON file per set.")] = None,
+    json_output: Annotated[bool, Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    if what not in KINDS:
+        raise RequestError(f'There is nothing to evaluate called "{what}": {nearest(what, KINDS)}.')
+    if data is not None and what != "reconstruction":
+        raise RequestError(f"--data is for reconstruction only; {what} has prompts of its own.")
+    from triptych.pipelines.cascade import Cascade
+
+    sampling = {
+        "size": size,
+        "steps": steps,
+        "guidance": guidance,
+        "decoder_steps": decoder_steps,
+        "decoder_guidance": decoder_guidance,
+        "sampler": sampler,
+        "batch": batch,
+    }
+    settings = {name: value for name, value in sampling.items() if value is not None}
+    cascade = Cascade.load(
+        model, stage_c=stage_c, stage_b=stage_b, stage_a=stage_a, device=device, dtype=dtype
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    reports = []
+    for report in measured(what, cascade, range(seeds), everything, data, count, settings):
+        reports.append(report)
+        if out is not None:
+            save(report, out)
+        if not json_output:
+            show(report)
+    if json_output:
+        typer.echo(json.dumps([report.as_json() for report in reports], ensure_ascii=False, indent=2))
+
+
+def measured(
+    what: str,
+    cascade: Cascade,
+    seeds: range,
+    everything: bool,
+    data: Path | None,
+    count: int | None,
+    settings: dict[str, Any],
+) -> Iterator[Report]:
+    """The reports of one kind, each as soon as it is there."""
+    from triptych.evaluation import evaluate as evaluation
+    from triptych.evaluation.prompts import icon_prompts, shapes_prompts
+
+    if what == "shapes":
+        for name, shapes in shapes_prompts(everything).items():
+            with pictures_progress(name) as progress:
+                report = evaluation.evaluate_shapes(
+                    cascade, shapes[:count], seeds, progress, name, **settings
+                )
+            yield report
+    elif what == "icons":
+        with pictures_progress("icons") as progress:
+            report = evaluation.evaluate_icons(
+                cascade, icon_prompts(everything)[:count], seeds, progress, **settings
+            )
+        yield report
+    else:
+        from triptych.data.shards import ShardIndex
+        from triptych.data.sources import DrawnShapes
+
+        number = count or DEFAULT_PICTURES
+        source = DrawnShapes(number) if data is None else ShardIndex(data)
+        number = len(source) if everything and count is None else number
+        settings.pop("size", None)  # every picture keeps its own
+        with pictures_progress("reconstruction") as progress:
+            report = evaluation.evaluate_reconstruction(cascade, source, number, 0, progress, **settings)
+        yield report
+
+
+@contextmanager
+def pictures_progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A function to tell how many pictures are done; a bar on a terminal, a line at every tenth elsewhere."""
+    if not sys.stderr.isatty():
+
+        def say(done: int, total: int) -> None:
+            if done == total or done % max(1, total // 10) == 0:
+                print(f"{name}: {done} of {total} pictures", file=sys.stderr)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, total=total, completed=done)
+
+
+def show(report: Report) -> None:
+    """A small table: one measure a line, with its 95 % interval."""
+    typer.echo(f"{report.name} ({len(report.rows)} pictures)")
+    is_share = report.name != "reconstruction"
+    for name, estimate in report.measures.items():
+        values = (estimate.value, estimate.low, estimate.high)
+        if is_share:
+            value, low, high = (f"{100 * v:5.1f} %" for v in values)
+        else:
+            value, low, high = (f"{v:8.3f}" for v in values)
+        typer.echo(f"  {name:24s} {value}   {low} to {high}   of {estimate.count}")
+    for name, number in report.numbers.items():
+        typer.echo(f"  {name:24s} {number:8.3f}")
+
+
+def save(report: Report, out: Path) -> None:
+    """NAME.json with all rows, NAME.png with all pictures (for reconstruction, three columns a picture)."""
+    from triptych.images import grid
+
+    text = json.dumps(report.as_json(), ensure_ascii=False, indent=2)
+    (out / f"{report.name}.json").write_text(text + "\n", encoding="utf-8")
+    columns = 12 if report.name == "reconstruction" else None
+    sizes = {image.size for image in report.images}
+    images = [image.resize(min(sizes)) for image in report.images] if len(sizes) > 1 else report.images
+    grid(images, columns, gap=4).save(out / f"{report.name}.png")
