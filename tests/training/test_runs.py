@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from triptych.checkpoints.files import read_metadata, read_tensors
+from triptych.checkpoints.files import read_tensors
 from triptych.checkpoints.load import load_part
+from triptych.conditioning.encode import load_image_encoder
 from triptych.training.config import RunSettings, read_settings
 from triptych.training.loop import Progress, train
 
@@ -97,16 +98,26 @@ def test_a_killed_process_leaves_a_state_that_continues_exactly(tmp_path: Path) 
     assert same_tensors(tmp_path / "unbroken" / "state.safetensors", broken / "state.safetensors")
 
 
+def test_the_image_encoder_comes_nearer_to_the_captions(tmp_path: Path) -> None:
+    train(settings("image_encoder", tmp_path, "log_every=1"))
+    encoder = load_image_encoder(tmp_path / "image_encoder.safetensors")
+    vectors = encoder.encode(torch.rand(2, 3, 70, 90))
+    assert vectors.shape == (2, 384)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+    losses = [
+        json.loads(line)["image_encoder.loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    changes = ("steps=3", "diffusion.weight=p2", "data.ratios=[1.0]", "optim.warmup=0")
+    changes = ("steps=3", "diffusion.weight=p2", "data.ratios=[1.0]", "network.dropout=[0.0, 0.0]")
     train(settings("stage_c", tmp_path / "whole", *changes, "accumulate=1"))
     train(settings("stage_c", tmp_path / "parts", *changes, "accumulate=4"))
     whole = read_tensors(tmp_path / "whole" / "stage_c.safetensors")
     parts = read_tensors(tmp_path / "parts" / "stage_c.safetensors")
-    # Dropout draws differ with the shape of the batch, so it must be off for this comparison to hold.
-    assert read_metadata(tmp_path / "whole" / "stage_c.safetensors").config["dropout"] == [0.1, 0.1]
-    worst = max(float((whole[name] - parts[name]).abs().max()) for name in whole)
-    assert worst < 0.02
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("recipe", ["stage_b", "stage_c"])

@@ -81,6 +81,9 @@ class DiffusionSettings(Settings):
     pyramid_noise: bool = Field(True, description="coarse structure in Stage B's noise, as published")
     drop_text: float = Field(0.05, ge=0, le=1, description="share of captions replaced by the empty one")
     keep_image: float = Field(0.1, ge=0, le=1, description="share of samples that see the image embedding")
+    image_from_text: bool = Field(
+        False, description="without an image encoder: the caption's vector stands in"
+    )
     drop_semantic: float = Field(0.1, ge=0, le=1, description="share of samples without semantic latents")
     semantic_scale: tuple[float, float] = Field((0.5, 1.0), description="Stage B: range of f, see the docs")
     sampling: dict[str, Any] = Field(default_factory=dict, description="defaults written for generation")

@@ -276,9 +276,12 @@ def stage_c_loss(
     t = training_times(draws.uniform())
     hidden, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
     keep_image = (draws.uniform() < diffusion.keep_image).to(device)
-    image = None
-    if encoded.image_embed is not None:
-        image = encoded.image_embed.to(device) * keep_image[:, None]
+    image = encoded.image_embed
+    if image is None and diffusion.image_from_text:
+        # An image encoder that lands on the captions' pooled vectors can take its place later.
+        image = encoded.text_pooled
+    if image is not None:
+        image = image.to(device) * keep_image[:, None]
     x0 = encoded.latents_c.to(device)
     eps = draws.normal(x0.shape[1:])
     eps = offset_noise(eps, draws.normal((x0.shape[1], 1, 1)), diffusion.offset_noise).to(device)
