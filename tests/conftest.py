@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-
 from tiny_cascade import write_tiny_cascade
 
 torch.set_num_threads(1)
