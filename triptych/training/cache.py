@@ -83,6 +83,7 @@ def open_cache(
     made_from: Iterable[Path],
     device: torch.device,
     progress: Callable[[int, int], None],
+    captions: int,
 ) -> Cache:
     """The cache in `folder`, made or completed first if need be; `progress(done, of)` follows it."""
     assert encoders.text is not None
@@ -90,6 +91,7 @@ def open_cache(
     mark = {
         "parts": [digest(path) for path in made_from],
         "buckets": [asdict(bucket) for bucket in buckets],
+        "captions": captions,
         "samples": hashlib.sha256("\n".join(source.key(i) for i in range(len(source))).encode()).hexdigest(),
     }
     marks = folder / "made_from.json"
@@ -105,7 +107,7 @@ def open_cache(
         path = folder / f"samples-{start // CHUNK:05d}.safetensors"
         numbers = range(start, min(start + CHUNK, len(source)))
         if not path.exists():
-            write_tensors(path, encode_chunk(source, numbers, buckets, encoders, device, progress))
+            write_tensors(path, encode_chunk(source, numbers, buckets, encoders, device, progress, captions))
         progress(numbers.stop, len(source))
         tensors = read_tensors(path)
         places += tensors["bucket"].tolist()
@@ -122,6 +124,7 @@ def encode_chunk(
     encoders: Encoders,
     device: torch.device,
     progress: Callable[[int, int], None],
+    limit: int,
 ) -> dict[str, Tensor]:
     """The tensors of some samples, float16: c.N, b.N latents, i.N embedding, t.N.K and p.N.K captions."""
     assert encoders.text is not None
@@ -149,8 +152,8 @@ def encode_chunk(
             continue
         place = nearest_bucket(sample.image.height, sample.image.width, buckets)
         place_of.append(place)
-        counts.append(len(sample.captions))
-        captions += [(caption, number, k) for k, caption in enumerate(sample.captions)]
+        counts.append(min(limit, len(sample.captions)))
+        captions += [(caption, number, k) for k, caption in enumerate(sample.captions[:limit])]
         waiting.setdefault(place, []).append((number, to_pixels([fit(sample.image, buckets[place])])))
         if len(waiting[place]) == TOGETHER:
             flush(place)

@@ -43,6 +43,9 @@ class DataSettings(Settings):
     random_share: float = Field(0.05, ge=0, le=1, description="share of pictures sent to any canvas")
     random_crop: bool = Field(True, description="crop at random, not at the centre")
     zoom: float = Field(1.0, ge=1, description="crop from pictures resized to this many times the canvas")
+    captions: int = Field(
+        100, ge=1, description="at most this many captions of a picture, the main one first"
+    )
     main_caption: float = Field(0.5, ge=0, le=1, description="how often the main caption is chosen")
     cache: str = Field("", description="folder for latents and embeddings made once, before training")
     readers: int = Field(1, ge=0, description="batches read ahead in the background")
@@ -118,12 +121,12 @@ class RunSettings(Settings):
     )
     licence: str = Field("", description="licence of the weights written")
     notice: str = Field("", description="attribution that travels with them")
-    optim: OptimSettings = Field(default_factory=OptimSettings)
-    ema: EmaSettings = Field(default_factory=EmaSettings)
-    data: DataSettings = Field(default_factory=DataSettings)
-    parts: PartsSettings = Field(default_factory=PartsSettings)
-    autoencoder: AutoencoderSettings = Field(default_factory=AutoencoderSettings)
-    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+    optim: OptimSettings = OptimSettings()
+    ema: EmaSettings = EmaSettings()
+    data: DataSettings = DataSettings()
+    parts: PartsSettings = PartsSettings()
+    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
 
 
 def read_settings(path: Path, changes: Sequence[str] = ()) -> RunSettings:

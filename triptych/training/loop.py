@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from triptych.checkpoints.files import read_tensors, write_part
 from triptych.data.batches import stream
@@ -119,7 +118,7 @@ def update(
     task: Task,
     state: State,
     player: str,
-    parts: list[tuple[Any, Draws]],
+    parts: list[tuple[Any, Callable[[], Draws]]],
     step: int,
     device: torch.device,
 ) -> tuple[list[Losses], float]:
@@ -131,9 +130,8 @@ def update(
     set_learning_rate(optimizer, learning_rate(step, settings.optim))
     losses = []
     for batch, draws in parts:
-        draws_again = draws() if callable(draws) else draws
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            part = task.loss(player, batch, draws_again, step)
+            part = task.loss(player, batch, draws(), step)
         (part.total / len(parts)).backward()
         losses.append(replace(part, total=part.total.detach()))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -200,13 +198,3 @@ def choose_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def finite(values: Tensor) -> Tensor:
-    """The finite ones of some values."""
-    return values[values.isfinite()]
-
-
-def parameters_of(networks: dict[str, nn.Module]) -> int:
-    """How many numbers are trained."""
-    return sum(p.numel() for network in networks.values() for p in network.parameters())

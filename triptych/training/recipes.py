@@ -27,7 +27,7 @@ from triptych.diffusion.schedule import Schedule, training_times
 from triptych.errors import SettingsError, nearest
 from triptych.images import grid, to_images
 from triptych.models.image_tower import IMAGE_TOWER, ImageTower
-from triptych.models.semantic import PREVIEWER, SEMANTIC, Previewer, SemanticEncoder
+from triptych.models.semantic import PREVIEWER, SEMANTIC, Previewer, SemanticConfig, SemanticEncoder
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.cache import Cache, open_cache
@@ -95,8 +95,9 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
     model needs of them.
     """
     weights = settings.autoencoder
-    networks = {
-        "semantic": SemanticEncoder(configured(SEMANTIC, settings)).to(device),
+    config: SemanticConfig = configured(SEMANTIC, settings)
+    networks: dict[str, nn.Module] = {
+        "semantic": SemanticEncoder(config).to(device),
         "previewer": Previewer(PREVIEWER[settings.size]).to(device),
     }
 
@@ -111,8 +112,8 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
 
     def loss(player: str, batch: Batch, draws: Draws, step: int) -> Losses:
         pixels = batch.pixels.to(device)
-        stride = networks["semantic"].config.stride
-        shape = (16, pixels.shape[-2] // stride, pixels.shape[-1] // stride)
+        sides = [side // config.stride for side in pixels.shape[-2:]]
+        shape = (config.latent_channels, *sides)
         noise = draws.normal(shape).to(device) if weights.latent_noise else None
         shown, wanted = reconstruct(networks, pixels, noise)
         squared, absolute = F.mse_loss(shown, wanted), F.l1_loss(shown, wanted)
@@ -180,9 +181,7 @@ def diffusion_task(
     if settings.data.cache:  # one cache serves Stages B and C, so it holds what either needs
         needed = ["semantic", "text_encoder", "stage_a", "image_encoder"]
     encoders = load_encoders(settings.parts, needed, device)
-    network: StageB | StageC = (
-        StageB(configured(STAGE_B, settings)) if is_b else StageC(configured(STAGE_C, settings))
-    )
+    network: Any = StageB(configured(STAGE_B, settings)) if is_b else StageC(configured(STAGE_C, settings))
     network.to(device)
     cache = open_diffusion_cache(settings, pictures, encoders, needed, device, progress)
     adaptive = AdaptiveWeight()
@@ -238,7 +237,9 @@ def open_diffusion_cache(
     parts = [(part, getattr(settings.parts, part)) for part in needed]
     files = [part_path(part, given) for part, given in parts if given is not None]
     folder = Path(settings.data.cache)
-    return open_cache(folder, pictures.source, pictures.buckets, encoders, files, device, progress)
+    return open_cache(
+        folder, pictures.source, pictures.buckets, encoders, files, device, progress, settings.data.captions
+    )
 
 
 @torch.no_grad()

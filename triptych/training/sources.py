@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from triptych.data.batches import Batch, BatchOrder, BatchPlan, choose_caption, draws, order_of
 from triptych.data.batches import load_batch as load_pixels
@@ -54,9 +55,11 @@ class Pictures:
 
     def captions(self, batch: Batch) -> list[str]:
         """One caption for each sample of a batch."""
-        share = self.settings.data.main_caption
+        share, limit = self.settings.data.main_caption, self.settings.data.captions
         return [
-            choose_caption(sample, self.caption_draw(batch.plan, place), share)
+            choose_caption(
+                replace(sample, captions=sample.captions[:limit]), self.caption_draw(batch.plan, place), share
+            )
             for sample, place in zip(batch.samples, batch.places, strict=True)
         ]
 

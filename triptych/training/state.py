@@ -7,6 +7,7 @@ averages and the optimisers' moments are all there is.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ class State:
     """Step, networks, averages, optimisers and tables of a run."""
 
     def __init__(
-        self, task: Task, averages: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+        self, task: Task, averages: dict[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
     ) -> None:
         self.step = 0
         self.task = task
