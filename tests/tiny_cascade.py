@@ -17,7 +17,23 @@ from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 
-WORDS = "a red blue green apple star circle square on white sky the of and with".split()
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "green",
+    "apple",
+    "star",
+    "circle",
+    "square",
+    "on",
+    "white",
+    "sky",
+    "the",
+    "of",
+    "and",
+    "with",
+]
 TEXT = dataclasses.replace(MINILM["tiny"], width=384, heads=4)
 STAGE_C_SETTINGS: dict[str, Any] = {
     "prediction": "v",  # bounded whatever a random network answers

@@ -1,4 +1,4 @@
-"""On a CUDA device: precision, weights that live elsewhere, compiled networks. Skipped where there is none."""
+"""On a CUDA device: precision, weights elsewhere, compiled networks. Skipped where there is none."""
 
 from __future__ import annotations
 
