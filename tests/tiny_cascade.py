@@ -30,8 +30,6 @@ WORDS = [
     "white",
     "sky",
     "the",
-    "of",
-    "and",
     "with",
 ]
 TEXT = dataclasses.replace(MINILM["tiny"], width=384, heads=4)

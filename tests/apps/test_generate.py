@@ -132,6 +132,16 @@ def test_json_stands_alone_on_standard_output(
     }
 
 
+def test_a_drawn_seed_is_the_one_that_is_told(
+    tiny_cascade: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(tiny_cascade, tmp_path, "a star", "--json") == 0
+    told = json.loads(capfd.readouterr().out)
+    seed = told["request"]["seed"]
+    assert told["pictures"][0]["seed"] == seed
+    assert pictures(tmp_path) == [f"a-star-{seed}.png"]
+
+
 def test_previews_are_kept_beside_the_one_png(tiny_cascade: Path, tmp_path: Path) -> None:
     assert generate(tiny_cascade, tmp_path, "a star", "--seed", "3", "--preview") == 0
     assert pictures(tmp_path) == ["a-star-3.png", "a-star-3.preview.jpg"]

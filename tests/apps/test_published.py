@@ -67,9 +67,7 @@ def test_low_memory_gives_the_same_picture(folders: dict[str, Path], tmp_path: P
 
 
 def test_a_long_prompt_is_read_to_its_end(folders: dict[str, Path], tmp_path: Path) -> None:
-    start = (
-        "a very long story about an apple that goes on and on and on and never seems to come to an end " * 2
-    )
+    start = "a very long story about an apple that goes on and on and never comes to an end " * 2
     model = ("--model", str(folders["official"]), *SMALL)
     for word in ("red", "blue"):
         assert run(["generate", start + word, *model, "--out", str(tmp_path / word)]) == 0

@@ -189,6 +189,13 @@ def test_a_request_for_another_model_is_refused(cascade: Cascade) -> None:
         cascade.generate(Request(prompt="a", model="cascade"))
 
 
+def test_a_resolved_request_can_be_made_again(cascade: Cascade) -> None:
+    first = cascade.generate("a")  # the seed is drawn
+    again = cascade.generate(first.request)
+    assert again.request == first.request
+    assert torch.equal(first.latents_b, again.latents_b)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "stage_c", "stage_b", "stage_a"])
 def test_nan_in_weights_names_file_and_tensor(tiny_cascade: Path, tmp_path: Path, part: str) -> None:
     path = tiny_cascade / f"{part}.safetensors"

@@ -132,17 +132,17 @@ class Cascade:
 
     def resolve(self, request: Request) -> Request:
         """The request with every default filled in from this model's files, and checked against them."""
+        own = {**self._chosen, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         for name in IDENTITY:
-            asked = getattr(request, name)
-            if name in request.model_fields_set and asked not in (self._chosen[name], "auto"):
+            asked, default = getattr(request, name), Request.model_fields[name].default
+            if asked not in (default, own[name], self._chosen[name]):
                 raise RequestError(
-                    f'The request asks for {name} "{asked}", this cascade was loaded with '
-                    f'"{self._chosen[name]}"; load another one with Cascade.for_request.'
+                    f'The request asks for {name} "{asked}", this cascade was loaded with "{own[name]}"; '
+                    "load another one with Cascade.for_request."
                 )
         stage_b, stage_c = self.parts.info("stage_b"), self.parts.info("stage_c")
         config = StageBConfig(**stage_b.config)
         min_side = config.patch * 4 * 2 ** (len(config.widths) - 1)
-        own = {**self._chosen, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         return request.replaced(**own).resolve(stage_c.settings, stage_b.settings, min_side)
 
     def generate(self, prompt: str | Sequence[str] | Request, **settings: Any) -> Result:

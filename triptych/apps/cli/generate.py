@@ -82,10 +82,9 @@ def generate(
 
     imported = time.perf_counter() - STARTED
     request, wanted = requested(given, like)
-    request = request.replaced(preview=preview)
     cascade = Cascade.for_request(request)
+    request = cascade.resolve(request.replaced(preview=preview))
     events = cascade.stream(request)
-    request = cascade.resolve(request)
     prepare_folder(out, request)
     saved: list[dict[str, Any]] = []
     seconds = {"import": imported, "save": 0.0}
