@@ -43,7 +43,7 @@ def test_any_prompt_gives_a_usable_file_name(prompt: str, seed: int) -> None:
 
 
 def test_metadata_survives_a_png(tmp_path: Path) -> None:
-    metadata = {"request": {"prompt": "ein Apfel 🍎 – \"rot\"", "seed": 7}}
+    metadata = {"request": {"prompt": 'ein Apfel 🍎 – "rot"', "seed": 7}}
     path = images.save_png(tmp_path, "apple", Image.new("RGB", (4, 4), "red"), metadata)
     assert images.read_metadata(path) == metadata
     assert [entry.name for entry in tmp_path.iterdir()] == ["apple.png"]

@@ -68,7 +68,9 @@ def test_commands_import_heavy_things_only_inside(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            )
             assert not any(name.split(".")[0] in HEAVY or name.startswith(tuple(HEAVY)) for name in names)
 
 
