@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from safetensors.torch import save_file
 
 from triptych.checkpoints.files import PartInfo, write_part
 from triptych.checkpoints.fit import check_addon
-from triptych.checkpoints.load import config_fields, load_part, read_part
+from triptych.checkpoints.int8 import narrow
+from triptych.checkpoints.load import config_fields, describe_part, load_part, read_part
 from triptych.errors import CheckpointError
+from triptych.models.stage_b import STAGE_B as STAGE_B_SIZES
 from triptych.models.stage_c import STAGE_C as STAGE_C_SIZES
 from triptych.models.stage_c import StageC
 
@@ -105,6 +109,72 @@ def test_nan_is_refused_unless_told_otherwise(tmp_path, made):
     with pytest.raises(CheckpointError, match=r"NaN or infinite, first in 'out_block\.0\.bias'"):
         load_part(tmp_path / "x.safetensors")
     load_part(tmp_path / "x.safetensors", finite=False)
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers", "triptych", "int8"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_described_as_it_is_read(tmp_path, made, part, layout):
+    state = made[part].state_dict()
+    path = tmp_path / "x.safetensors"
+    if layout in ("triptych", "int8"):
+        info = PartInfo(part, config_fields(made[part].config), {"shift": 3.0}, 7, "r", "CC0-1.0")
+        write_part(path, narrow(state) if layout == "int8" else state, info)
+    else:
+        save_file(official(state) if layout == "official" else diffusers(part, state), path)
+    described = describe_part(path, part)
+    assert described == describe_part(path) == read_part(path, part).info
+    assert described.config == config_fields(made[part].config)
+
+
+PUBLISHED = [
+    ("diffusers_prior", STAGE_C_SIZES, "3.6b"),
+    ("diffusers_prior_lite", STAGE_C_SIZES, "1b"),
+    ("diffusers_decoder", STAGE_B_SIZES, "1.5b"),
+    ("stage_b_lite", STAGE_B_SIZES, "700m"),
+    ("stage_c", STAGE_C_SIZES, "3.6b"),
+]
+
+
+@pytest.mark.parametrize(("file", "sizes", "size"), PUBLISHED)
+def test_published_parts_are_described_without_opening_a_tensor(tmp_path, monkeypatch, file, sizes, size):
+    monkeypatch.setattr("triptych.checkpoints.load.read_tensors", None)
+    path = write_header_only(tmp_path / "x.safetensors", manifest(file))
+    info = describe_part(path, size=size)
+    assert (info.config, info.size) == (config_fields(sizes[size]), size)
+    assert "Non-Commercial" in info.licence
+    assert info.settings["rescale"] == 0.7
+
+
+def test_describing_the_largest_part_takes_little_memory(tmp_path):
+    """Reading its 3.6 billion weights from diffusers' layout would copy 1.6 GB of them."""
+    path = write_header_only(tmp_path / "x.safetensors", manifest("diffusers_prior"))
+    code = (
+        "import resource, sys; from triptych.checkpoints.load import describe_part;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "before = peak(); describe_part(sys.argv[1]); print(peak() - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(ran.stdout) * unit < 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "message"),
+    [
+        ("stage_b", "stage_c", "holds Stage B"),
+        ("previewer", "stage_a", "holds the previewer"),
+        ({"clf.1.weight": (2, 2), "clip_txt_mapper.weight": (2, 2)}, "stage_c", "make no network of it"),
+        ("diffusers_prior_lite", None, "is incomplete"),
+    ],
+)
+def test_describing_a_wrong_file_is_the_same_error(tmp_path, file, part, message):
+    shapes = manifest(file) if isinstance(file, str) else dict(file)
+    shapes.pop("down_blocks.0.2.attention.to_v.weight", None)
+    path = write_header_only(tmp_path / "x.safetensors", shapes)
+    for read in (read_part, describe_part):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read(path, part)
+        assert str(path) in str(caught.value)
 
 
 def some(*names: str) -> dict[str, tuple[int, ...]]:

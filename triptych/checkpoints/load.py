@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from triptych.checkpoints.catalog import PUBLISHED_LICENCE, PUBLISHED_NOTICE, PUBLISHED_SETTINGS
 from triptych.checkpoints.files import check_finite, read_tensors
 from triptych.checkpoints.fit import identify, refuse_wrong_part, refuse_wrong_size
-from triptych.checkpoints.headers import Header, PartInfo, part_info
+from triptych.checkpoints.headers import Header, PartInfo, TensorEntry, part_info
 from triptych.checkpoints.infer import infer_config
 from triptych.checkpoints.int8 import SCALE, widen
 from triptych.checkpoints.keys import converted_shapes, names_from_layout, split_comfyui
@@ -112,6 +112,29 @@ def load_part(
 
 def read_part(path: str | os.PathLike[str], part: str | None = None, *, size: str | None = None) -> Part:
     """The tensors of one part under our names, memory-mapped where possible, with its configuration."""
+    header, sniffed, wanted = _recognise(path, part, size)
+    tensors, layout = own_tensors(header, sniffed, wanted)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config, info = _describe(header, wanted, shapes)
+    return Part(tensors, config, info, layout)
+
+
+def describe_part(
+    path: str | os.PathLike[str], part: str | None = None, *, size: str | None = None
+) -> PartInfo:
+    """What `read_part` would say of a part, from the header's names and shapes alone.
+
+    No tensor is mapped, read or copied, so a file of any size costs the memory of its header. Arguments and
+    errors are those of `read_part`, but for what only the tensors can show.
+    """
+    header, sniffed, wanted = _recognise(path, part, size)
+    return _describe(header, wanted, layout_shapes(header, sniffed, wanted))[1]
+
+
+def _recognise(
+    path: str | os.PathLike[str], part: str | None, size: str | None
+) -> tuple[Header, Sniffed, str]:
+    """Header, contents and the network that is wanted of a file; errors for every other one."""
     header, sniffed = identify(path)
     refuse_wrong_part(header.path, sniffed, part)
     refuse_wrong_size(header.path, sniffed, size)
@@ -121,16 +144,19 @@ def read_part(path: str | os.PathLike[str], part: str | None = None, *, size: st
             f"{path} holds {wanted}, which is no network of the cascade by itself; "
             f"{', '.join(NETWORKS)} can be loaded."
         )
-    tensors, layout = own_tensors(header, sniffed, wanted)
-    stored = part_info(header, wanted)
-    stored = stored if stored is not None and stored.part == wanted else None
-    config = _config(header, stored, wanted, tensors)
-    name = next((name for name, preset in SIZES[wanted].items() if preset == config), None)
-    info = stored or PartInfo(wanted, settings=dict(PUBLISHED_SETTINGS.get(wanted, {})))
+    return header, sniffed, wanted
+
+
+def _describe(header: Header, part: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, PartInfo]:
+    """Configuration and description of a part from its header and its shapes under our names."""
+    stored = part_info(header, part)
+    stored = stored if stored is not None and stored.part == part else None
+    config = _config(header, stored, part, shapes)
+    name = next((name for name, preset in SIZES[part].items() if preset == config), None)
+    info = stored or PartInfo(part, settings=dict(PUBLISHED_SETTINGS.get(part, {})))
     if stored is None and name in PUBLISHED_SIZES:
         info = dataclasses.replace(info, licence=PUBLISHED_LICENCE, notice=PUBLISHED_NOTICE)
-    info = dataclasses.replace(info, part=wanted, config=config_fields(config), size=name or info.size)
-    return Part(tensors, config, info, layout)
+    return config, dataclasses.replace(info, part=part, config=config_fields(config), size=name or info.size)
 
 
 def build_network(part: str, config: Any, path: str | os.PathLike[str]) -> nn.Module:
@@ -180,18 +206,17 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return stacked.to(torch.bfloat16) if stacked.dtype in NARROW_FLOATS else stacked
 
 
-def _config(header: Header, stored: PartInfo | None, part: str, tensors: Mapping[str, Tensor]) -> Any:
+def _config(header: Header, stored: PartInfo | None, part: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """From our metadata, else from the diffusers config.json beside the file, else from the shapes."""
     _, config_class = NETWORKS[part]
     if stored is not None and stored.config:
         try:
-            _check_counts(stored.config, len(tensors))
+            _check_counts(stored.config, len(shapes))
             return config_class(**stored.config)
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise CheckpointError(
                 f"{header.path} carries a configuration that makes no sense: {error}."
             ) from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     beside = _diffusers_config(header.path)
     try:
         heads = beside.get("num_attention_heads")
@@ -280,7 +305,12 @@ def _some(names: list[str]) -> str:
 
 def layout_shapes(header: Header, sniffed: Sniffed, part: str) -> dict[str, tuple[int, ...]]:
     """Shapes of one part under our names, without touching the weights."""
-    shapes = header.shapes
+    entries = header.entries
+    shapes = {
+        name: entry.shape
+        for name, entry in entries.items()
+        if not (name.endswith(SCALE) and _is_int8(entries.get(name.removesuffix(SCALE))))
+    }
     layout = sniffed.layout
     if layout == "comfyui_single":
         names = split_comfyui(shapes, sniffed.part)[part]
@@ -288,5 +318,12 @@ def layout_shapes(header: Header, sniffed: Sniffed, part: str) -> dict[str, tupl
         packed = any(name.endswith(".attention.attn.in_proj_weight") for name in shapes)
         layout = "official" if packed else "comfyui"
     if layout in ("transformers", "named"):
-        return dict(shapes)
-    return converted_shapes(shapes, names_from_layout(shapes, layout, part))
+        return shapes
+    try:
+        return converted_shapes(shapes, names_from_layout(shapes, layout, part))
+    except CheckpointError as error:
+        raise CheckpointError(f"{header.path}: {error}") from None
+
+
+def _is_int8(entry: TensorEntry | None) -> bool:
+    return entry is not None and entry.dtype == "I8"

@@ -15,7 +15,7 @@ from triptych.checkpoints.catalog import ModelFiles
 from triptych.checkpoints.files import check_finite, read_tensors
 from triptych.checkpoints.fit import identify
 from triptych.checkpoints.headers import Header, PartInfo, read_header
-from triptych.checkpoints.load import layout_shapes, load_part, read_part
+from triptych.checkpoints.load import describe_part, layout_shapes, load_part
 from triptych.checkpoints.precision import repair_float16
 from triptych.conditioning.encode import TextEncoder, load_text_encoder
 from triptych.errors import CapacityError, CheckpointError
@@ -46,9 +46,9 @@ class Parts:
         return Path(path)
 
     def info(self, part: str) -> PartInfo:
-        """Config and settings of a part, from the header of its file; weights are mapped and not read."""
+        """Config and settings of a part, from the header of its file; no weight is read."""
         if part not in self._described:
-            self._described[part] = read_part(self.path(part), part).info
+            self._described[part] = describe_part(self.path(part), part)
         return self._described[part]
 
     def header(self, part: str) -> Header:

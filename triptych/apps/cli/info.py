@@ -90,9 +90,9 @@ def _published_licence(sniffed: Sniffed) -> str:
 
 def _inferred_config(header: Header, sniffed: Sniffed) -> dict[str, Any]:
     """The configuration read off the shapes; empty for files that are no network of the cascade."""
-    from triptych.checkpoints.load import NETWORKS, config_fields, read_part
+    from triptych.checkpoints.load import NETWORKS, describe_part
 
-    return config_fields(read_part(header.path).config) if sniffed.part in NETWORKS else {}
+    return describe_part(header.path).config if sniffed.part in NETWORKS else {}
 
 
 def _plain(value: Any) -> str:
