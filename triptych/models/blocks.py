@@ -26,7 +26,7 @@ def channels_first(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize with aligned corners, computed in float32, returned in the dtype of `x`."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class StageB(Trunk):
         self.clip_mapper = nn.Linear(config.pooled_width, config.cond_width * config.tokens_per_vector)
         self.reset_parameters()
 
-    def condition_mappers(self) -> list[nn.Linear | nn.Conv2d]:
+    def condition_mappers(self) -> list[Any]:
         convs = [mapper[index] for mapper in (self.effnet_mapper, self.pixels_mapper) for index in (0, 2)]
         return [self.clip_mapper, *convs]
 

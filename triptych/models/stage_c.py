@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class StageC(Trunk):
         self.clip_img_mapper = nn.Linear(config.image_width, vector)
         self.reset_parameters()
 
-    def condition_mappers(self) -> list[nn.Linear | nn.Conv2d]:
+    def condition_mappers(self) -> list[Any]:
         return [self.clip_txt_mapper, self.clip_txt_pooled_mapper, self.clip_img_mapper]
 
     def down_scaler(self, level: int) -> nn.Module:

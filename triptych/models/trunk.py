@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +89,8 @@ class Trunk(nn.Module):
 
     def down_scaler(self, level: int) -> nn.Module:
         """From level - 1 down to level: halves the map by a strided convolution."""
-        return nn.Sequential(
-            ChannelNorm(), nn.Conv2d(*self.config.widths[level - 1 : level + 1], 2, stride=2)
-        )
+        outer, inner = self.config.widths[level - 1 : level + 1]
+        return nn.Sequential(ChannelNorm(), nn.Conv2d(outer, inner, 2, stride=2))
 
     def up_scaler(self, level: int) -> nn.Module:
         """From level up to level - 1: doubles the map by a transposed convolution."""
@@ -129,8 +129,10 @@ class Trunk(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fresh weights as the official code draws them; a fresh network outputs exactly zero."""
-        if self.embedding[1].weight.is_meta:  # weights follow from a file; a normal draw on the meta device
-            return  #                           would import torch's whole compiler, which takes seconds
+        entry: Any = self.embedding[1]
+        leave: Any = self.clf[1]
+        if entry.weight.is_meta:  # weights follow from a file; a normal draw on the meta device
+            return  #              would import torch's whole compiler, which takes seconds
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -138,20 +140,22 @@ class Trunk(nn.Module):
                     nn.init.zeros_(module.bias)
         for module in self.condition_mappers():
             nn.init.normal_(module.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
-        nn.init.zeros_(self.clf[1].weight)
+        nn.init.xavier_uniform_(entry.weight, gain=0.02)
+        nn.init.zeros_(leave.weight)
         depth_scale = math.sqrt(1 / sum(self.config.down_blocks))
         for module in self.modules():
             if isinstance(module, ConvBlock | FeedForwardBlock):
-                module.channelwise[4].weight.mul_(depth_scale)
+                last: Any = module.channelwise[4]
+                last.weight.mul_(depth_scale)
             elif isinstance(module, GlobalResponseNorm):
                 nn.init.zeros_(module.gamma)
                 nn.init.zeros_(module.beta)
             elif isinstance(module, TimeBlock):
                 for name in module.names:
-                    nn.init.zeros_(module.get_submodule(name).weight)
+                    mapper: Any = module.get_submodule(name)
+                    nn.init.zeros_(mapper.weight)
 
-    def condition_mappers(self) -> list[nn.Linear | nn.Conv2d]:
+    def condition_mappers(self) -> list[Any]:
         """The layers that read conditions, born small."""
         raise NotImplementedError
 
@@ -219,8 +223,8 @@ class Trunk(nn.Module):
 
 def run_level(
     x: Tensor,
-    blocks: nn.ModuleList,
-    gaps: nn.ModuleList,
+    blocks: Any,
+    gaps: Any,
     time_vector: Tensor,
     tokens: Tensor,
     residuals: Sequence[Tensor | None] | None,
@@ -237,13 +241,10 @@ def run_level(
         for block in blocks:
             if isinstance(block, ConvBlock):
                 if skip_due is not None:
-                    x = resize(x, tuple(skip_due.shape[-2:]))
-                if (
-                    residuals is not None
-                    and conv_index < len(residuals)
-                    and residuals[conv_index] is not None
-                ):
-                    x = x + resize(residuals[conv_index], tuple(x.shape[-2:])).to(x.dtype)
+                    x = resize(x, skip_due.shape[-2:])
+                residual = residuals[conv_index] if residuals and conv_index < len(residuals) else None
+                if residual is not None:
+                    x = x + resize(residual, x.shape[-2:]).to(x.dtype)
                 x = block(x, skip_due)
                 skip_due = None
                 conv_index += 1
