@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_folders import networks, write_comfyui, write_diffusers, write_official
+from published_folders import diffusers, networks, write_comfyui, write_diffusers, write_official
 from safetensors.torch import load_file
 
 from triptych.checkpoints.catalog import find_model
 from triptych.checkpoints.convert import TARGETS, convert_file, convert_model, read_tower
 from triptych.checkpoints.load import load_part
+from triptych.conditioning.encode import condition, load_text_encoder
+from triptych.diffusion.denoiser import Denoiser, Guidance
+from triptych.diffusion.samplers import sample_ddpm
+from triptych.diffusion.schedule import Schedule
 from triptych.errors import CheckpointError
 
 PARTS = ("stage_a", "stage_b", "stage_c", "previewer")
@@ -75,6 +79,74 @@ def test_diffusers_loads_what_we_write_strictly(tmp_path, sources):
     with torch.no_grad():
         latents = model.encode(pixels).latents / model.config.scale_factor
         torch.testing.assert_close(latents, made["stage_a"].encode(pixels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, sources) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert_model(find_model(sources["official"]), folder, "diffusers")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "parts"),
+    [
+        ("StableCascadeDecoderPipeline", "stable-cascade", {"decoder": "stage_b", "vqgan": "stage_a"}),
+        ("StableCascadePriorPipeline", "stable-cascade-prior", {"prior": "stage_c"}),
+    ],
+)
+def test_the_pipelines_of_diffusers_load_our_folders_whole(converted, name, root, parts):
+    pipe = getattr(__import__("diffusers"), name).from_pretrained(converted / root)
+    assert all(component is not None for component in pipe.components.values())
+    made = networks()
+    for component, part in parts.items():
+        expected = diffusers(part, made[part].state_dict())
+        state = getattr(pipe, component).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state), component
+
+
+@torch.no_grad()
+def test_the_decoder_of_diffusers_makes_the_same_latents_and_pixels(converted):
+    from diffusers import StableCascadeDecoderPipeline
+
+    steps, weight = 3, 1.1
+    generator = torch.Generator().manual_seed(3)
+    latents_c = torch.randn(1, 16, 4, 6, generator=generator)
+    start = torch.randn(1, 4, 42, 64, generator=generator)
+    theirs = StableCascadeDecoderPipeline.from_pretrained(converted / "stable-cascade")
+    theirs.set_progress_bar_config(disable=True)
+    want = theirs(
+        latents_c,
+        prompt="a red apple",
+        num_inference_steps=steps,
+        guidance_scale=weight,
+        latents=start.clone(),
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images
+
+    files = find_model(converted)
+    stage_b, stage_a = load_part(files.stage_b)[0], load_part(files.stage_a)[0]
+    read = condition(load_text_encoder(files.text_encoder, files.tokenizer), ["a red apple", ""])
+    semantic = torch.cat([latents_c, torch.zeros_like(latents_c)])
+    schedule = Schedule()
+    times, logsnrs = schedule.grid(steps)
+    told = iter(times)  # diffusers tells the network the time of its grid, also where noise is clamped
+
+    def predict(x, t, branches):
+        return stage_b(torch.cat([x, x]), next(told).expand(2), semantic, read.text_pooled).chunk(2)
+
+    generator = torch.Generator().manual_seed(7)
+    draws = [torch.randn(start.shape, generator=generator) for _ in range(steps)]
+    draws[-1] = torch.zeros(start.shape)  # diffusers adds none in its last step
+    denoise = Denoiser(predict, schedule, "eps", Guidance(weight, rescale=0.0))
+    *_, last = sample_ddpm(denoise, start, times, logsnrs, draws.__getitem__)
+    # A random network is no denoiser: its latents are large.
+    assert float((last.x - want).abs().max()) < 1e-4 * float(want.abs().max())
+    small = want / want.abs().max()
+    pixels = theirs.vqgan.decode(theirs.vqgan.config.scale_factor * small).sample
+    torch.testing.assert_close(stage_a.decode(small), pixels, rtol=1e-4, atol=1e-5)
 
 
 def test_our_configuration_files_equal_those_of_diffusers(tmp_path, sources):

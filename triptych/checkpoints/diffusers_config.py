@@ -14,6 +14,9 @@ SCHEDULER = {
     "s": 0.008,
     "scaler": 1.0,
 }
+# Where diffusers 0.42 has Stage A's class. The hub's folders say "wuerstchen", its place before it was
+# deprecated, which 0.42 refuses; the module itself is accepted because the pipeline has imported it.
+PAELLA_MODULE = "diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model"
 DECODER_INDEX: dict[str, Any] = {
     "_class_name": "StableCascadeDecoderPipeline",
     "_diffusers_version": DIFFUSERS_VERSION,
@@ -22,7 +25,7 @@ DECODER_INDEX: dict[str, Any] = {
     "scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
     "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer": ["transformers", "CLIPTokenizerFast"],
-    "vqgan": ["wuerstchen", "PaellaVQModel"],
+    "vqgan": [PAELLA_MODULE, "PaellaVQModel"],
 }
 PRIOR_INDEX: dict[str, Any] = {
     "_class_name": "StableCascadePriorPipeline",

@@ -11,8 +11,10 @@ from typer import Argument, Option
 HELP = """Convert weights between the layouts of other programs, without losing a number.
 
 SOURCE is a file, a folder, or a model name. A single official or ComfyUI file is written as a file where
-TARGET ends in .safetensors; everything else becomes a new folder. diffusers reads what `--to diffusers`
-writes with its own classes.
+TARGET ends in .safetensors; everything else becomes a new folder. `--to diffusers` writes a model as two,
+`stable-cascade` and `stable-cascade-prior`, which StableCascadeDecoderPipeline and
+StableCascadePriorPipeline of diffusers 0.42 load whole. Before diffusers moved Stage A's class, the index
+had to say ["wuerstchen", "PaellaVQModel"]; for such a version, change that line of `model_index.json`.
 
 Examples:
 
