@@ -187,7 +187,8 @@ def test_bars_for_both_stages_on_a_terminal(tiny_cascade: Path, tmp_path: Path) 
         (["generate", "x", "--stage-a", "TRUNCATED", "TINY"], "truncated"),
         (["generate", "x", "--stage-a", "PICKLE", "TINY"], "never opens them"),
         (["generate", "x", "--stage-a", "FOREIGN", "TINY"], "not of Stable Cascade"),
-        (["generate", "x", "--stage-a", "NAN", "TINY"], "NaN"),
+        (["generate", "x", "--stage-a", "NAN", "TINY"], "NaN or infinite, first in 'up_blocks.0.0.bias'"),
+        (["generate", "x", "--stage-c", "NAN C", "TINY"], "NaN or infinite, first in 'clf.1.bias'"),
         (["generate", "--like", "absent.png"], "No such picture: absent.png"),
         (["generate", "--like", "PLAIN"], "holds no triptych settings"),
         (["generat", "x"], 'did you mean "generate"'),
@@ -232,6 +233,10 @@ def bad_files(tiny_cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     tensors = {name: tensor.clone() for name, tensor in read_tensors(good).items()}
     tensors["up_blocks.0.0.bias"][0] = float("nan")
     write_part(folder / "nan.safetensors", tensors, read_part_metadata(good))
+    good = tiny_cascade / "stage_c.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(good).items()}
+    tensors["clf.1.bias"][0] = float("nan")
+    write_part(folder / "nan-c.safetensors", tensors, read_part_metadata(good))
     Image.new("RGB", (8, 8)).save(folder / "plain.png")
     return {
         "STAGE_B": tiny_cascade / "stage_b.safetensors",
@@ -239,6 +244,7 @@ def bad_files(tiny_cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         "PICKLE": folder / "pickle.safetensors",
         "FOREIGN": folder / "foreign.safetensors",
         "NAN": folder / "nan.safetensors",
+        "NAN C": folder / "nan-c.safetensors",
         "PLAIN": folder / "plain.png",
     }
 

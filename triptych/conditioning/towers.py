@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from triptych.checkpoints.files import read_tensors
 from triptych.checkpoints.fit import identify
@@ -44,7 +44,7 @@ def load_text_tower(
     `tokenizer` is a folder or a `tokenizer.json`, looked for beside the weights when not given.
     Raises CheckpointError when something is missing, pickled or does not fit.
     """
-    path = _weight_file(path, "text_encoder")
+    path = weight_file(path, "text_encoder")
     if part_info(read_header(path)) is not None:
         return load_minilm_tower(path, tokenizer)
     tensors = _tower_tensors(path, "text_encoder")
@@ -77,7 +77,7 @@ def load_image_tower(path: Path | str) -> ImageTower | clip.ClipImage:
 
     Raises CheckpointError when something is missing, pickled or does not fit.
     """
-    path = _weight_file(path, "image_encoder")
+    path = weight_file(path, "image_encoder")
     if part_info(read_header(path)) is not None:
         info = _own_info(path, "image_encoder")
         with torch.device("meta"):
@@ -90,7 +90,7 @@ def load_image_tower(path: Path | str) -> ImageTower | clip.ClipImage:
     return tower
 
 
-def _weight_file(path: Path | str, part: str) -> Path:
+def weight_file(path: Path | str, part: str) -> Path:
     """The file that holds `part`: `path` itself, or the one in a folder of ours or of the hub."""
     path = Path(path)
     if not path.is_dir():
@@ -107,6 +107,11 @@ def _weight_file(path: Path | str, part: str) -> Path:
             "get the safetensors file of the same repository."
         )
     raise CheckpointError(f"{folder} has no {' or '.join(HUB_FILES[:2])}.")
+
+
+def file_names(tower: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a tower under the names that its file has for them."""
+    return dict((tower.network if isinstance(tower, clip.ClipText | clip.ClipImage) else tower).state_dict())
 
 
 def _own_info(path: Path, part: str) -> PartInfo:

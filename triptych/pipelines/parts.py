@@ -18,6 +18,7 @@ from triptych.checkpoints.headers import Header, PartInfo, read_header
 from triptych.checkpoints.load import describe_part, layout_shapes, load_part
 from triptych.checkpoints.precision import repair_float16
 from triptych.conditioning.encode import TextEncoder, load_text_encoder
+from triptych.conditioning.towers import file_names, weight_file
 from triptych.errors import CapacityError, CheckpointError
 from triptych.pipelines.placement import Placement, Weights, place
 
@@ -37,6 +38,7 @@ class Parts:
         self.timings: dict[str, float] = {}  # seconds by stage; loading is counted here
         self._loaded: dict[str, Any] = {}
         self._described: dict[str, PartInfo] = {}
+        self._checked: set[str] = set()  # parts whose numbers were all looked at once
 
     def path(self, part: str) -> Path:
         """Where a part's weights are. Raises CheckpointError when this model has none."""
@@ -53,8 +55,7 @@ class Parts:
 
     def header(self, part: str) -> Header:
         """The header of a part's weights; those of a tower may be in a folder."""
-        path = self.path(part)
-        return read_header(min(path.glob("*.safetensors"), default=path) if path.is_dir() else path)
+        return read_header(weight_file(self.path(part), part))
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a part's tensors, from its header; of a tower, of everything in its file."""
@@ -93,13 +94,23 @@ class Parts:
             torch.mps.empty_cache()
 
     def _load(self, part: str) -> nn.Module | TextEncoder:
+        """Build and place a part; its first time, refuse weights that are NaN or infinite.
+
+        All of its numbers are read then anyway, so looking costs little, and nothing has run on them yet.
+        """
         dtype = torch.float32 if part in FLOAT32_PARTS else self.dtype
         placement = Placement(self.device, dtype, self.weights.get(part, "resident"))
+        first = part not in self._checked
         if part == "text_encoder":
             encoder = load_text_encoder(self.path(part), self.files.tokenizer)
-            place(cast(nn.Module, encoder.tower), placement)
+            tower = cast(nn.Module, encoder.tower)
+            if first:
+                check_finite(file_names(tower), weight_file(self.path(part), part))
+            place(tower, placement)
+            self._checked.add(part)
             return encoder
-        network, _ = load_part(self.path(part), part, finite=False)
+        network, _ = load_part(self.path(part), part, finite=first)
+        self._checked.add(part)
         if dtype == torch.float16:
             repair_float16(network)  # before placing: it reads the weights as the file has them
         return place(network, placement)
