@@ -300,3 +300,20 @@ def write_comfyui(folder: Path, seed: int = 0) -> Path:
             file.unlink()
         (folder / tower).rmdir()
     return folder
+
+
+def write_hub_cache(cache: Path) -> tuple[Path, Path]:
+    """The lite cascade as the hub's own cache keeps it. Returns the snapshots of both repositories."""
+    snapshots = []
+    for repository in ("stable-cascade", "stable-cascade-prior"):
+        folder = cache / f"models--stabilityai--{repository}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        snapshots.append(write_official(folder / "snapshots" / ("0" * 40), semantic=True))
+    snapshot, prior = snapshots
+    for part in ("stage_c", "stage_b"):
+        (snapshot / f"{part}.safetensors").rename(snapshot / f"{part}_lite_bf16.safetensors")
+    for root, tower in ((snapshot, "text_encoder"), (prior, "image_encoder")):
+        (root / tower / "model.safetensors").rename(root / tower / "model.bf16.safetensors")
+    (snapshot / "tokenizer" / "special_tokens_map.json").write_text("{}")
+    return snapshot, prior

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from manifests import manifest, write_header_only
-from published_folders import write_diffusers, write_official
+from published_folders import write_diffusers, write_hub_cache, write_official
 
 from triptych.checkpoints import hub
 from triptych.checkpoints.catalog import PUBLISHED_NOTICE, find_model, published_files, scan
@@ -100,24 +100,9 @@ def test_without_a_network_there_is_one_sentence_and_the_licence_is_said_once(em
     assert (empty_cache / hub.TOLD_MARK).exists()
 
 
-def test_a_downloaded_model_is_found_in_the_cache(empty_cache, tmp_path):
+def test_a_downloaded_model_is_found_in_the_cache(empty_cache):
     """A cache filled by hand, in the hub's own form."""
-    for repository in ("stable-cascade", "stable-cascade-prior"):
-        folder = empty_cache / f"models--stabilityai--{repository}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        write_official(folder / "snapshots" / ("0" * 40))
-    snapshot = empty_cache / "models--stabilityai--stable-cascade" / "snapshots" / ("0" * 40)
-    prior = empty_cache / "models--stabilityai--stable-cascade-prior" / "snapshots" / ("0" * 40)
-    for old, new in (
-        ("stage_c", "stage_c_lite_bf16"),
-        ("stage_b", "stage_b_lite_bf16"),
-        ("previewer", "effnet_encoder"),
-    ):
-        shutil.copy(snapshot / f"{old}.safetensors", snapshot / f"{new}.safetensors")
-    for root, tower in ((snapshot, "text_encoder"), (prior, "image_encoder")):
-        (root / tower / "model.safetensors").rename(root / tower / "model.bf16.safetensors")
-    (snapshot / "tokenizer" / "special_tokens_map.json").write_text("{}")
+    snapshot, prior = write_hub_cache(empty_cache)
     said = []
     files = find_model("cascade-lite", say=said.append)
     assert files.stage_c == snapshot / "stage_c_lite_bf16.safetensors"
