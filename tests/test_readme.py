@@ -91,7 +91,7 @@ LEAVES = {
         "lite-diffusers/stable-cascade-prior/model_index.json",
     ],
 }
-MORE = {"triptych evaluate shapes": "--count 1"}  # prompts of each set; all 300 pictures are too long for a test
+MORE = {"triptych evaluate shapes": "--count 1"}  # of each set: all 300 pictures take too long
 
 
 def readme_lines() -> list[str]:
