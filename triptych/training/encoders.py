@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,14 @@ class Encoders:
     semantic: nn.Module | None = None
     text: TextEncoder | None = None
     image: ImageEncoder | None = None
+    empty: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # the empty caption, by windows
+
+    def empty_text(self, windows: int) -> tuple[Tensor, Tensor]:
+        """`text_hidden` (1, n, Wt) and `text_pooled` (1, Wp) of the empty caption in so many windows."""
+        assert self.text is not None
+        if windows not in self.empty:
+            self.empty[windows] = self.text.encode([""], windows)
+        return self.empty[windows]
 
 
 @dataclass

@@ -355,7 +355,7 @@ def drop_text(encoded: Encoded, dropped: Tensor, encoders: Encoders) -> tuple[Te
         return hidden, pooled
     assert encoders.text is not None
     windows = hidden.shape[1] // encoders.text.window
-    empty_hidden, empty_pooled = encoders.text.encode([""], windows)
+    empty_hidden, empty_pooled = encoders.empty_text(windows)
     dropped = dropped.to(hidden.device)
     return (
         torch.where(dropped[:, None, None], empty_hidden, hidden),
