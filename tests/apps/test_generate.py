@@ -307,7 +307,13 @@ class _Usage:
 def test_interrupting_keeps_what_is_finished(tiny_cascade: Path, tmp_path: Path) -> None:
     arguments = ["generate", "x", "--model", str(tiny_cascade), "--out", str(tmp_path)]
     many = ["--seed", "1", "--count", "500", "--batch", "1"]
-    process = subprocess.Popen([*COMMAND, *arguments, *many], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, *many],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A suite started in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 100
     while not any(tmp_path.glob("x-*.png")) and time.monotonic() < deadline:
         time.sleep(0.02)

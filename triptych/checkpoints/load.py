@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,12 @@ def build_network(part: str, config: Any, path: str | os.PathLike[str]) -> nn.Mo
     """The network of a configuration on the meta device; an impossible one is the fault of the file."""
     network, _ = NETWORKS[part]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # torch only warns of layers without any weight
             return network(config)
-    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+    except (
+        RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, UserWarning,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} carries a configuration that makes no network: {reason}.") from None
 
