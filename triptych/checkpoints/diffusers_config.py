@@ -109,6 +109,10 @@ def _unet(config: Any) -> dict[str, Any]:
 
 
 def _stage_c(config: Any) -> dict[str, Any]:
+    if config.pooled_modulation:
+        raise CheckpointError(
+            "diffusers has no Stage C whose time blocks see the pooled text, as this one's do."
+        )
     return {
         "clip_image_in_channels": config.image_width,
         "clip_text_in_channels": config.text_width,

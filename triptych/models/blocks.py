@@ -124,17 +124,23 @@ class TimeBlock(nn.Module):
     """Scales and shifts channels by the time; the official `TimestepBlock` ("T").
 
     `extra_times` names further scalar conditions with a linear each; the time vector holds one chunk for the
-    time and one for each of them, and their scales and shifts add up.
+    time and one for each of them, and their scales and shifts add up. With `pooled_width` above 0, a last
+    chunk of that length, the pooled text, does the same (no published network has it).
     """
 
-    def __init__(self, width: int, time_size: int, extra_times: Sequence[str] = ()) -> None:
+    def __init__(
+        self, width: int, time_size: int, extra_times: Sequence[str] = (), pooled_width: int = 0
+    ) -> None:
         super().__init__()
-        self.names = ["mapper", *(f"mapper_{name}" for name in extra_times)]
-        for name in self.names:
-            self.add_module(name, nn.Linear(time_size, 2 * width))
+        sizes = {"mapper": time_size, **{f"mapper_{name}": time_size for name in extra_times}}
+        if pooled_width:
+            sizes["mapper_pooled"] = pooled_width
+        self.names, self.sizes = list(sizes), list(sizes.values())
+        for name, size in sizes.items():
+            self.add_module(name, nn.Linear(size, 2 * width))
 
     def forward(self, x: Tensor, time_vector: Tensor) -> Tensor:
-        chunks = time_vector.chunk(len(self.names), dim=1)
+        chunks = time_vector.split(self.sizes, dim=1)
         scale_shift = sum(
             self.get_submodule(name)(chunk) for name, chunk in zip(self.names, chunks, strict=True)
         )

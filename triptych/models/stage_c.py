@@ -37,6 +37,9 @@ class StageCConfig(TrunkConfig):
     dropout: tuple[float, ...] = (0.1, 0.1)
     self_attention: tuple[bool, ...] = (True, True)
     level_switch: tuple[bool, ...] = (False,)  # per gap between levels: halve the map there
+    # Time blocks also see the pooled text. Not published: it costs a small network nearly nothing and tells
+    # every position at once what is asked for.
+    pooled_modulation: bool = False
 
 
 STAGE_C = {
@@ -56,6 +59,7 @@ STAGE_C = {
         image_width=384,
         extra_times=(),
         dropout=(0.0, 0.0),
+        pooled_modulation=True,
     ),
     "tiny": StageCConfig(
         widths=(32, 32),
@@ -83,6 +87,10 @@ class StageC(Trunk):
         self.clip_txt_pooled_mapper = nn.Linear(config.pooled_width, vector)
         self.clip_img_mapper = nn.Linear(config.image_width, vector)
         self.reset_parameters()
+
+    @property
+    def pooled_modulation(self) -> int:
+        return self.config.pooled_width if self.config.pooled_modulation else 0
 
     def condition_mappers(self) -> list[Any]:
         return [self.clip_txt_mapper, self.clip_txt_pooled_mapper, self.clip_img_mapper]
@@ -129,6 +137,9 @@ class StageC(Trunk):
         named = {"sca": sca, "crp": crp}
         extra = [named[name] for name in self.config.extra_times]
         time_vector = self.time_vector(t, extra).to(x.dtype)  #               (B, time_size * 3)
+        if self.config.pooled_modulation:
+            pooled = text_pooled.flatten(1) * self.config.pooled_width**0.5  # unit deviation
+            time_vector = torch.cat([time_vector, pooled.to(x.dtype)], dim=1)
         tokens = self.embed_conditioning(text_hidden, text_pooled, image_embed)  # (B, 85, cond_width)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))  # (B, widths[0], h, w)
         h = self.run(h, time_vector, tokens, residuals)  #                     (B, widths[0], h, w)

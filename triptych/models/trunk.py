@@ -87,6 +87,11 @@ class Trunk(nn.Module):
             self.up_repeat_mappers.append(self.build_gaps(level, config.up_repeats[up]))
             self.up_upscalers.append(self.up_scaler(level) if level else nn.Identity())
 
+    @property
+    def pooled_modulation(self) -> int:
+        """Length of the pooled text that time blocks see; 0 in all published networks."""
+        return 0
+
     def down_scaler(self, level: int) -> nn.Module:
         """From level - 1 down to level: halves the map by a strided convolution."""
         outer, inner = self.config.widths[level - 1 : level + 1]
@@ -112,7 +117,7 @@ class Trunk(nn.Module):
         if kind == "C":
             return ConvBlock(width, width if skip else 0, config.kernel, dropout)
         if kind == "T":
-            return TimeBlock(width, config.time_size, config.extra_times)
+            return TimeBlock(width, config.time_size, config.extra_times, self.pooled_modulation)
         if kind == "A":
             heads, self_attention = config.heads[level], config.self_attention[level]
             return AttentionBlock(width, config.cond_width, heads, self_attention, dropout)

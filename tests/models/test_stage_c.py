@@ -1,0 +1,64 @@
+"""Stage C's options that no published network has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from triptych.checkpoints.diffusers_config import model_config
+from triptych.checkpoints.files import PartInfo, write_part
+from triptych.checkpoints.load import config_fields, load_part
+from triptych.errors import CheckpointError
+from triptych.models.stage_c import STAGE_C, StageC
+
+MODULATED = dataclasses.replace(STAGE_C["tiny"], pooled_modulation=True)
+
+
+def answer(network: StageC, pooled: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 16, 3, 4, generator=generator)
+    hidden = torch.randn(2, 5, 384, generator=generator)
+    with torch.no_grad():
+        return network.eval()(x, torch.tensor([0.2, 0.9]), hidden, pooled)
+
+
+def randomised(network: StageC) -> StageC:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
+def test_a_fresh_modulation_changes_nothing() -> None:
+    plain = randomised(StageC(STAGE_C["tiny"]))
+    modulated = StageC(MODULATED)
+    found = modulated.load_state_dict(plain.state_dict(), strict=False)
+    assert found.unexpected_keys == []
+    assert {name.split(".")[-2] for name in found.missing_keys} == {"mapper_pooled"}
+    pooled = torch.randn(2, 384)
+    assert torch.equal(answer(modulated, pooled), answer(plain, pooled))
+
+
+def test_modulation_is_another_path_for_the_pooled_text() -> None:
+    network = randomised(StageC(MODULATED))
+    with torch.no_grad():  # shut the tokens of the pooled text, so that only the time blocks see it
+        network.clip_txt_pooled_mapper.weight.zero_()
+    first, second = (answer(network, torch.full((2, 384), value)) for value in (0.0, 0.05))
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_modulated_weights_are_written_and_read_back(tmp_path: Path) -> None:
+    network = randomised(StageC(MODULATED))
+    info = PartInfo("stage_c", config=config_fields(MODULATED))
+    write_part(tmp_path / "stage_c.safetensors", network.state_dict(), info)
+    loaded, _ = load_part(tmp_path / "stage_c.safetensors", "stage_c")
+    pooled = torch.randn(2, 384)
+    assert torch.equal(answer(loaded, pooled), answer(network, pooled))
+
+
+def test_diffusers_cannot_express_it() -> None:
+    with pytest.raises(CheckpointError, match="pooled text"):
+        model_config("stage_c", MODULATED)
