@@ -9,11 +9,14 @@ import torch
 from published_folders import write_text_encoder, write_tokenizer
 
 import triptych
+from triptych.checkpoints.files import PartInfo, write_part
+from triptych.checkpoints.load import config_fields
 from triptych.conditioning.encode import (
     ImageEncoder,
     TextEncoder,
     cat,
     condition,
+    load_image_encoder,
     load_text_encoder,
     unconditional,
 )
@@ -114,3 +117,15 @@ def test_small_image_tower_answers_for_any_size() -> None:
     assert embeds.shape == (3, encoder.width)
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(encoder.encode(pixels[1:2])[0], embeds[1], rtol=0, atol=1e-5)
+
+
+def test_an_image_encoder_stored_in_half_precision_sees_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tower = ImageTower(IMAGE_TOWER["tiny"])
+    info = PartInfo("image_encoder", config=config_fields(tower.config))
+    pixels = torch.rand(2, 3, 40, 50)
+    seen = []
+    for dtype in (torch.float32, torch.float16):
+        write_part(tmp_path / "image_encoder.safetensors", tower.state_dict(), info, dtype)
+        seen.append(load_image_encoder(tmp_path / "image_encoder.safetensors").encode(pixels))
+    assert torch.nn.functional.cosine_similarity(*seen).min() > 0.999

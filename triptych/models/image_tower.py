@@ -79,7 +79,8 @@ class ImageTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, width) of length 1 of squares (B, 3, side, side) in [0, 1]."""
-        x = (pixels * 2 - 1).contiguous(memory_format=torch.channels_last)
+        x = (pixels * 2 - 1).to(self.project.weight.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.stages(x)  # (B, C, side / 32, side / 32) with four stages
         # The mean knows how much there is of something, the maximum whether there is any: small objects.
         x = self.norm(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
