@@ -28,6 +28,7 @@ Weights = Literal["resident", "narrow", "streamed"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_SIDE = 192  # a matmul of this side takes 0.2 ms in float32, and 10 ms where bfloat16 is emulated
+PROBE_RUNS = 6  # the first one also pays for starting the library
 PROBE_GAIN = 1.3  # how much faster bfloat16 must be before its rounding is worth it
 
 
@@ -70,24 +71,35 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @lru_cache(maxsize=8)
 def _bfloat16_gain(device_type: str) -> float:
-    """How many times faster than float32 a small bfloat16 matmul runs; 0 where it does not run."""
+    """How many times faster than float32 a small bfloat16 matmul runs; 0 where it does not run.
+
+    On a CPU one thread is measured: several wait for each other, and on a busy machine that wait can make
+    float32, the one that uses them all, look slower than an emulation that does not.
+    """
+    threads = torch.get_num_threads()
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     try:
-        return _matmul_seconds(torch.float32, device_type) / _matmul_seconds(torch.bfloat16, device_type)
+        if device_type == "cpu":
+            torch.set_num_threads(1)
+        for _ in range(PROBE_RUNS):  # in turn, so that a pause of the machine hits both
+            for dtype in best:
+                best[dtype] = min(best[dtype], _matmul_seconds(dtype, device_type))
     except (RuntimeError, TypeError):
         return 0.0
+    finally:
+        torch.set_num_threads(threads)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def _matmul_seconds(dtype: torch.dtype, device_type: str) -> float:
     side = PROBE_SIDE if device_type == "cpu" else 8 * PROBE_SIDE
     matrix = torch.ones(side, side, dtype=dtype, device=device_type)
-    best = float("inf")
-    for _ in range(4):  # the first run also pays for starting the library
-        start = time.perf_counter()
-        total = (matrix @ matrix)[0, 0].item()  # reading a number waits for an accelerator
-        best = min(best, time.perf_counter() - start)
+    start = time.perf_counter()
+    total = (matrix @ matrix)[0, 0].item()  # reading a number waits for an accelerator
+    seconds = time.perf_counter() - start
     if total != side:
         raise RuntimeError(f"{dtype} matmul is wrong on {device_type}")
-    return best
+    return seconds
 
 
 def place(module: nn.Module, placement: Placement) -> nn.Module:
