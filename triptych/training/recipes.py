@@ -33,7 +33,14 @@ from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.cache import Cache, open_cache
 from triptych.training.config import RunSettings
 from triptych.training.draws import Draws
-from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders, part_path
+from triptych.training.encoders import (
+    Encoded,
+    Encoders,
+    encode_pictures,
+    frozen,
+    load_encoders,
+    part_path,
+)
 from triptych.training.image_tower import image_tower_loss
 from triptych.training.sources import Pictures
 from triptych.training.task import Losses, Task
@@ -45,17 +52,11 @@ WHOLE_BATCH = 2**31  # a place that no sample has, for draws that a batch shares
 
 def build_task(settings: RunSettings, device: torch.device, progress: Callable[[int, int], None]) -> Task:
     """Networks, data and loss of a run. `progress(done, of)` is told how far a cache is."""
-    builders: dict[str, Callable[..., Task]] = {
-        "stage_a": stage_a_task,
-        "semantic": semantic_task,
-        "image_encoder": image_encoder_task,
-        "stage_b": diffusion_task,
-        "stage_c": diffusion_task,
-    }
     pictures = Pictures(settings)
     if settings.recipe in ("stage_b", "stage_c"):
         return diffusion_task(settings, pictures, device, progress)
-    return builders[settings.recipe](settings, pictures, device)
+    from_pixels = {"stage_a": stage_a_task, "semantic": semantic_task, "image_encoder": image_encoder_task}
+    return from_pixels[settings.recipe](settings, pictures, device)
 
 
 def configured(presets: dict[str, Any], settings: RunSettings) -> Any:
@@ -397,8 +398,6 @@ def sample_stage_c(
     settings: RunSettings, network: nn.Module, encoders: Encoders, pictures: Pictures, device: torch.device
 ) -> Image.Image:
     """The sample prompts as the previewer shows them."""
-    from triptych.training.encoders import frozen
-
     assert encoders.text is not None
     prompts = settings.sample_prompts
     hidden, pooled = encoders.text.encode([*prompts, *[""] * len(prompts)])
