@@ -19,6 +19,7 @@ import torch
 from triptych.checkpoints.files import read_tensors, write_part
 from triptych.data.batches import stream
 from triptych.errors import TrainingError
+from triptych.pipelines.placement import choose_device
 from triptych.training.config import RunSettings
 from triptych.training.draws import DROPOUT, Draws, key
 from triptych.training.log import RunLog
@@ -189,12 +190,3 @@ def start_from(task: Task, folder: Path) -> None:
         tensors = {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
                    for name, tensor in read_tensors(path, finite=True).items()}  # fmt: skip
         load_strictly(network, tensors, str(path))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a run; auto takes the fastest there is."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
