@@ -195,10 +195,17 @@ def _first_readable(source: Source, plan: BatchPlan, place: int) -> Sample:
 
 def choose_caption(sample: Sample, u: float, main_share: float = 0.5) -> str:
     """The main caption with probability `main_share`, else one of the others; `u` is a draw in [0, 1)."""
-    others = sample.captions[1:]
-    if not others or u < main_share:
-        return sample.caption
-    return others[int((u - main_share) / (1 - main_share) * len(others))]
+    number = caption_number(len(sample.captions), u, main_share)
+    return sample.captions[number] if number >= 0 else ""
+
+
+def caption_number(count: int, u: float, main_share: float = 0.5) -> int:
+    """Which of `count` captions `choose_caption` takes; -1 when there is none."""
+    if count == 0:
+        return -1
+    if count == 1 or u < main_share:
+        return 0
+    return 1 + int((u - main_share) / (1 - main_share) * (count - 1))
 
 
 def stream(load: Callable[[int], Loaded], start: int, stop: int, ahead: int = 2) -> Iterator[Loaded]:

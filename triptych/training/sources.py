@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from triptych.data.batches import Batch, BatchOrder, BatchPlan, choose_caption, draws, order_of
+from triptych.data.batches import (
+    Batch,
+    BatchOrder,
+    BatchPlan,
+    caption_number,
+    choose_caption,
+    draws,
+    order_of,
+)
 from triptych.data.batches import load_batch as load_pixels
 from triptych.data.buckets import make_buckets
 from triptych.data.shards import ShardIndex, without_share_alike
@@ -65,12 +73,7 @@ class Pictures:
 
     def caption_number(self, plan: BatchPlan, place: int, count: int) -> int:
         """Which of `count` captions a sample shows at this step: the rule of `choose_caption`."""
-        u, share = self.caption_draw(plan, place), self.settings.data.main_caption
-        if count == 0:
-            return -1
-        if count == 1 or u < share:
-            return 0
-        return 1 + int((u - share) / (1 - share) * (count - 1))
+        return caption_number(count, self.caption_draw(plan, place), self.settings.data.main_caption)
 
     def caption_draw(self, plan: BatchPlan, place: int) -> float:
         return float(draws(self.settings.seed, plan.step, CAPTION, place, count=1)[0])
