@@ -15,7 +15,7 @@ import random
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
@@ -70,7 +70,9 @@ HELDOUT = frozenset(
 
 BASE = 256  # all lengths below are pixels of a 256 x 256 picture
 OVERSAMPLING = 4
-KINDS = (("single", 0.30), ("pair", 0.40), ("same", 0.15), ("triple", 0.15))
+Kind = Literal["single", "pair", "same", "triple"]
+KINDS: dict[Kind, float] = {"single": 0.30, "pair": 0.40, "same": 0.15, "triple": 0.15}  # as published
+LARGE_SHARE = 0.5  # of its objects
 WHITE_SHARE = 0.4  # of the backgrounds; the other seven are equally likely
 RADII = {  # kind -> size word -> range of half the extent
     "single": {"small": (24.0, 34.0), "large": (70.0, 92.0)},
@@ -104,7 +106,23 @@ class _Thing:
     radius: float
 
 
-def draw_shapes(seed: int, width: int = BASE, height: int = BASE, heldout: bool = False) -> Sample:
+@dataclass(frozen=True)
+class Mix:
+    """How often what is drawn: `kinds` of picture by share, and the share of large objects among all.
+
+    A small object covers two latents of a 256-pixel picture; a small network learns outlines from large ones.
+    """
+
+    kinds: tuple[tuple[str, float], ...] = tuple(KINDS.items())
+    large: float = LARGE_SHARE
+
+
+PUBLISHED = Mix()
+
+
+def draw_shapes(
+    seed: int, width: int = BASE, height: int = BASE, heldout: bool = False, mix: Mix = PUBLISHED
+) -> Sample:
     """The picture of `seed`: a `Sample` of `width` x `height` with 5 or 6 captions and its truth in `meta`.
 
     With `heldout` exactly one kind of object carries a held-out (colour, shape) pair; otherwise none does.
@@ -112,13 +130,13 @@ def draw_shapes(seed: int, width: int = BASE, height: int = BASE, heldout: bool 
     """
     rng = random.Random(f"shapes:{seed}:{int(heldout)}")
     background = "white" if rng.random() < WHITE_SHARE else _pick(rng, tuple(BACKGROUNDS)[1:])
-    kind = _weighted(rng, KINDS)
+    kind = _weighted(rng, mix.kinds)
     count = {"single": 1, "pair": 2, "triple": 3}.get(kind) or 2 + _below(rng, 2)
     axis = "" if kind == "single" else LEFT_OF if rng.random() < (0.6 if kind == "triple" else 0.5) else ABOVE
     looks = _choose_looks(rng, background, 1 if kind == "same" else count, heldout)
     if kind == "same":
         looks = looks * count
-    things = _lay_out(rng, kind, axis, looks, width, height)
+    things = _lay_out(rng, kind, axis, looks, width, height, mix.large)
     image, boxes = _render(things, background, width, height)
     captions = _captions(rng, kind, axis, things, background)
     meta = _ground_truth(kind, axis, things, boxes, background, captions, heldout)
@@ -171,6 +189,10 @@ def _weighted(rng: random.Random, options: tuple[tuple[str, float], ...]) -> str
     return options[-1][0]
 
 
+def _size(rng: random.Random, large: float) -> str:
+    return "small" if rng.random() < 1 - large else "large"
+
+
 def _choose_looks(rng: random.Random, background: str, count: int, heldout: bool) -> list[tuple[str, str]]:
     """`count` different (colour, shape) pairs that stand out from the background."""
     colours = tuple(c for c in COLOURS if c not in CLASHES[background])
@@ -189,12 +211,18 @@ def _choose_looks(rng: random.Random, background: str, count: int, heldout: bool
 
 
 def _lay_out(
-    rng: random.Random, kind: str, axis: str, looks: list[tuple[str, str]], width: int, height: int
+    rng: random.Random,
+    kind: str,
+    axis: str,
+    looks: list[tuple[str, str]],
+    width: int,
+    height: int,
+    large: float,
 ) -> list[_Thing]:
     """Sizes and places. Lengths follow the shorter side; places spread over the whole canvas."""
     unit = min(width, height) / BASE
     if kind == "single":
-        size = _pick(rng, ("small", "large"))
+        size = _size(rng, large)
         jitter = SINGLE_JITTER[size]
         x, y = (BASE / 2 + _between(rng, -jitter, jitter) for _ in range(2))
         radius = _between(rng, *RADII[kind][size])
@@ -203,10 +231,10 @@ def _lay_out(
 
     layout = f"same{len(looks)}" if kind == "same" else kind
     centres, along, across = PLACES[layout]
-    alike = (_pick(rng, ("small", "large")), rng.random()) if kind == "same" else None
+    alike = (_size(rng, large), rng.random()) if kind == "same" else None
     things = []
     for (colour, shape), centre in zip(looks, centres, strict=True):
-        size, level = alike or (_pick(rng, ("small", "large")), rng.random())
+        size, level = alike or (_size(rng, large), rng.random())
         low, high = RADII[layout][size]
         main = centre + _between(rng, -along, along)
         cross = BASE / 2 + _between(rng, -across, across)

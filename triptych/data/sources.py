@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Protocol
 
-from triptych.data.shapes import BASE, draw_shapes
+from triptych.data.shapes import BASE, PUBLISHED, Mix, draw_shapes
 from triptych.data.shards import Sample
 from triptych.errors import DataError
 
@@ -36,26 +36,32 @@ class DrawnShapes:
     """
 
     def __init__(
-        self, count: int, first_seed: int = 0, canvases: Sequence[tuple[int, int]] = ((BASE, BASE),)
+        self,
+        count: int,
+        first_seed: int = 0,
+        canvases: Sequence[tuple[int, int]] = ((BASE, BASE),),
+        mix: Mix = PUBLISHED,
     ) -> None:
         if count < 1 or not canvases:
             raise DataError(f"Drawn shapes need a count of at least 1 and a canvas, got {count}.")
         self.count = count
         self.first_seed = first_seed
         self.canvases = tuple(canvases)
+        self.mix = mix
 
     def __len__(self) -> int:
         return self.count
 
     def key(self, index: int) -> str:
-        return f"shapes_{self.first_seed + index:08d}"
+        mixed = "" if self.mix == PUBLISHED else f"_{self.mix.large}_{dict(self.mix.kinds)}"
+        return f"shapes_{self.first_seed + index:08d}{mixed}"
 
     def size(self, index: int) -> tuple[int, int]:
         return self.canvases[index % len(self.canvases)]
 
     def read(self, index: int) -> Sample:
         height, width = self.size(index)
-        return draw_shapes(self.first_seed + index, width, height)
+        return draw_shapes(self.first_seed + index, width, height, mix=self.mix)
 
 
 class Joined:

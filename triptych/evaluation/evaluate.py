@@ -33,7 +33,8 @@ from triptych.evaluation.metrics import (
 from triptych.evaluation.prompts import IconPrompt, ShapesPrompt
 from triptych.images import to_images, to_pixels
 from triptych.pipelines.cascade import Cascade
-from triptych.pipelines.decode import decode_latents
+from triptych.pipelines.inputs import Inputs
+from triptych.pipelines.request import Request
 from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_c
 
 SEED_STRIDE = 1_000_000
@@ -183,9 +184,8 @@ def evaluate_reconstruction(
             through_a = stage_a.decode(latents_b).float().cpu().clamp(0, 1)
         latents_c = encode_semantic(cascade, pixels)
         drawn = [seed * SEED_STRIDE + index]
-        through_b = to_pixels(
-            decode_latents(cascade, latents_c, [caption], drawn, size=image.size, **settings)
-        )
+        request = Request(prompt=caption, seeds=drawn, size=image.size, **settings)
+        through_b = to_pixels(cascade.generate(request, Inputs(latents_c=latents_c)).images)
         row: dict[str, Any] = {"key": key}
         for kind, made in (("a", through_a), ("b+a", through_b)):
             kinds[kind] += to_images(made)

@@ -12,7 +12,7 @@ depends on the others of its batch by rounding only.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from triptych.checkpoints.catalog import ModelFiles, find_model
 from triptych.conditioning.encode import Conditioning, cat, condition
 from triptych.diffusion.denoiser import Branch, Denoiser, Guidance, Predict
+from triptych.diffusion.prediction import add_noise
 from triptych.diffusion.samplers import SAMPLERS, Step
 from triptych.diffusion.schedule import Schedule
 from triptych.errors import RequestError
@@ -41,6 +42,7 @@ from triptych.pipelines.capacity import (
     text_working,
     trunk_working,
 )
+from triptych.pipelines.inputs import NOTHING, Inputs, combine, rows
 from triptych.pipelines.noise import START, draw_batch
 from triptych.pipelines.parts import Parts
 from triptych.pipelines.placement import choose_device, choose_dtype
@@ -145,19 +147,24 @@ class Cascade:
         min_side = config.patch * 4 * 2 ** (len(config.widths) - 1)
         return request.replaced(**own).resolve(stage_c.settings, stage_b.settings, min_side)
 
-    def generate(self, prompt: str | Sequence[str] | Request, **settings: Any) -> Result:
-        """Make the pictures of a request. `settings` are the fields of `Request`.
+    def generate(
+        self, prompt: str | Sequence[str] | Request, inputs: Inputs = NOTHING, **settings: Any
+    ) -> Result:
+        """Make the pictures of a request. `settings` are the fields of `Request`, `inputs` what steers beside
+        the text.
 
         `prompt` may be a list, with `seeds=[...]` one for each picture. Raises RequestError before any
         weight is loaded, CapacityError when memory is too small, CheckpointError for weights that fail.
         """
         result = None
-        for event in self.stream(prompt, **settings):
+        for event in self.stream(prompt, inputs, **settings):
             result = event.result
         assert result is not None
         return result
 
-    def stream(self, prompt: str | Sequence[str] | Request, **settings: Any) -> Generator[Event, None, None]:
+    def stream(
+        self, prompt: str | Sequence[str] | Request, inputs: Inputs = NOTHING, **settings: Any
+    ) -> Generator[Event, None, None]:
         """As `generate`, but yields an Event for every step; the last one carries the result.
 
         The request is checked at once. Closing the generator cancels the rest.
@@ -167,22 +174,23 @@ class Cascade:
         else:
             request = Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), **settings)
         request = self.resolve(request)
+        self._check_inputs(request, inputs)
         chosen = self._plan(request)
         self.parts.weights, self.parts.keep = chosen.weights, chosen.keep
-        return self._run(request)
+        return self._run(request, inputs)
 
-    def _run(self, request: Request) -> Generator[Event, None, None]:
+    def _run(self, request: Request, inputs: Inputs) -> Generator[Event, None, None]:
         self.parts.timings = {}
         pictures = request.pictures()
         yield Event("text", 0, 1, pictures)
-        batches = self._read_prompts(request, pictures)
+        batches = self._read_prompts(request, pictures, inputs)
         yield Event("text", 1, 1, pictures)
         images: dict[int, Image.Image] = {}
         metadata: dict[int, dict[str, Any]] = {}
         for batch in batches:
-            yield from self._stage_c(request, batch)
+            yield from self._stage_c(request, batch, inputs)
             yield from self._stage_b(request, batch)
-            for event in self._stage_a(request, batch):
+            for event in self._stage_a(request, batch, inputs):
                 if event.image is not None and event.metadata is not None:
                     index = batch.pictures[event.step - 1].index
                     images[index], metadata[index] = event.image, event.metadata
@@ -197,7 +205,21 @@ class Cascade:
         )
         yield Event("done", 1, 1, pictures, result=result)
 
-    def _read_prompts(self, request: Request, pictures: Sequence[Picture]) -> list[Batch]:
+    def _check_inputs(self, request: Request, inputs: Inputs) -> None:
+        """Raise RequestError unless the inputs belong to pictures of this number and size."""
+        pictures, shape = len(request.prompts) * request.count, self._size_c(request)
+        for latents in inputs.latents():
+            if len(latents) not in (1, pictures) or tuple(latents.shape[2:]) != shape:
+                raise RequestError(
+                    f"Latents of shape {tuple(latents.shape)} were given for {pictures} pictures, whose "
+                    f"latents are {shape[0]}x{shape[1]}."
+                )
+        if request.strength is not None and inputs.start is None:
+            raise RequestError("A strength was given, but no picture to start from.")
+
+    def _read_prompts(
+        self, request: Request, pictures: Sequence[Picture], inputs: Inputs = NOTHING
+    ) -> list[Batch]:
         """Encode every different prompt, and group pictures whose prompts are equally long into batches.
 
         No attention mask reaches Stage C, so padding a prompt to its neighbour's length would change its
@@ -218,26 +240,55 @@ class Cascade:
         for group in groups.values():
             for start in range(0, len(group), size):
                 together = group[start : start + size]
-                rows = [read[picture.prompt] for picture in together]
-                batches.append(Batch(together, _rows(rows, 0), _rows(rows, 1)))
+                told = [read[picture.prompt] for picture in together]
+                cond, uncond = _rows(told, 0), _rows(told, 1)
+                if inputs.image_embed is not None:  # guidance is measured against text and picture left out
+                    embed = rows(inputs.image_embed.to(cond.image_embed), together)
+                    cond = replace(cond, image_embed=embed)
+                    uncond = replace(uncond, image_embed=torch.zeros_like(embed))
+                batches.append(Batch(together, cond, uncond))
         return batches
 
-    def _stage_c(self, request: Request, batch: Batch) -> Iterator[Event]:
-        """Text -> latents_c."""
+    def _stage_c(self, request: Request, batch: Batch, inputs: Inputs) -> Iterator[Event]:
+        """Text and inputs -> latents_c."""
+        if inputs.latents_c is not None or (inputs.start is not None and request.strength == 0):
+            given = inputs.start if inputs.latents_c is None else inputs.latents_c
+            assert given is not None
+            batch.latents_c = rows(given.float(), batch.pictures).contiguous()
+            yield Event("stage_c", 1, 1, batch.pictures)
+            return
         cond, uncond = (part.to(self.device, self.dtype) for part in (batch.cond, batch.uncond))
         both = cat(cond, uncond)
+        acting: list[Tensor | None] = []
         with self.parts.turn("stage_c") as network:
             shape = (network.config.channels, *self._size_c(request))
 
             def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
                 told = both if len(branches) == 2 else cond
                 x, t = _repeated(x.to(self.dtype), t, len(branches))
+                residuals = [
+                    None if residual is None else torch.cat([residual] * len(branches)).to(x)
+                    for residual in acting
+                ]
                 with torch.no_grad():
-                    answer = network(x, t, told.text_hidden, told.text_pooled, told.image_embed)
+                    answer = network(
+                        x,
+                        t,
+                        told.text_hidden,
+                        told.text_pooled,
+                        told.image_embed,
+                        residuals=residuals or None,
+                    )
                 return answer.float().chunk(len(branches))
 
-            for step in self._sample("stage_c", predict, shape, batch, request.sampling("stage_c")):
+            start = (
+                None if inputs.start is None else rows(inputs.start.float().to(self.device), batch.pictures)
+            )
+            how = request.sampling("stage_c")
+            acting[:] = combine(inputs.controls, 0, how.steps, batch.pictures)
+            for step in self._sample("stage_c", predict, shape, batch, how, start):
                 batch.latents_c = step.x0
+                acting[:] = combine(inputs.controls, step.index + 1, step.steps, batch.pictures)
                 previews = self._preview(step.x0) if request.preview else None
                 yield Event("stage_c", step.index + 1, step.steps, batch.pictures, previews)
 
@@ -263,7 +314,7 @@ class Cascade:
                 yield Event("stage_b", step.index + 1, step.steps, batch.pictures)
         batch.latents_c = batch.latents_c.cpu()
 
-    def _stage_a(self, request: Request, batch: Batch) -> Iterator[Event]:
+    def _stage_a(self, request: Request, batch: Batch, inputs: Inputs) -> Iterator[Event]:
         """latents_b -> pixels, in float32 and one picture at a time: it is the largest map of all."""
         assert batch.latents_b is not None
         with self.parts.turn("stage_a") as network:
@@ -272,6 +323,8 @@ class Cascade:
                     pixels = network.decode(batch.latents_b[row : row + 1].float())
                     self._check(pixels, "stage_a")
                     (image,) = to_images(pixels)
+                    if inputs.finish is not None:
+                        image = inputs.finish(image, batch.pictures[row])
                 stored = picture_metadata(request, batch.pictures, row)
                 yield Event("stage_a", row + 1, len(batch.pictures), batch.pictures, None, image, stored)
         batch.latents_b = batch.latents_b.cpu()
@@ -283,8 +336,12 @@ class Cascade:
         shape: tuple[int, ...],
         batch: Batch,
         how: Sampling,
+        start: Tensor | None = None,
     ) -> Iterator[Step]:
-        """Run the sampler of one stage from noise; the state is float32 whatever the network computes in."""
+        """Run the sampler of one stage from noise, or from `start` noised to the level `how.strength`.
+
+        The state is float32 whatever the network computes in.
+        """
         settings = self.parts.info(stage).settings
         schedule = Schedule(settings["shift"])
         guidance = None if how.guidance == 1 else Guidance(how.guidance, rescale=settings["rescale"])
@@ -293,7 +350,12 @@ class Cascade:
         def noise(step: int) -> Tensor:
             return draw_batch(batch.seeds, stage, step, shape).to(self.device)
 
-        run = SAMPLERS[how.sampler](denoise, noise(START), *schedule.grid(how.steps), noise)
+        x = noise(START)
+        steps = max(1, round(how.steps * how.strength))
+        times, logsnrs = schedule.grid(steps, how.strength)
+        if start is not None and how.strength < 1:  # at 1 the little that is left of `start` is left out
+            x = add_noise(start, x, logsnrs[0].to(self.device))
+        run = SAMPLERS[how.sampler](denoise, x, times, logsnrs, noise)
         while True:
             with self.parts.timed(stage):
                 step = next(run, None)

@@ -54,6 +54,7 @@ Size = Annotated[
 ]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
@@ -77,6 +78,9 @@ class Request(BaseModel):
     steps: Steps | None = Field(None, description="Steps of Stage C.")
     guidance: Weight | None = Field(None, description="Guidance weight of Stage C; 1 switches it off.")
     sampler: str | None = Field(None, description="Sampler of Stage C.")
+    strength: Strength | None = Field(
+        None, description="How far from the source picture: 0 keeps, 1 forgets."
+    )
     decoder_steps: Steps | None = Field(None, description="Steps of Stage B.")
     decoder_guidance: Weight | None = Field(None, description="Guidance weight of Stage B.")
     decoder_sampler: str | None = Field(None, description="Sampler of Stage B.")
@@ -140,7 +144,8 @@ class Request(BaseModel):
         steps, guidance, sampler = of_stage[stage]
         if steps is None or guidance is None or sampler is None:
             raise RequestError("This request still has defaults to fill in; resolve it first.")
-        return Sampling(steps, guidance, sampler)
+        strength = 1.0 if stage == "stage_b" or self.strength is None else self.strength
+        return Sampling(steps, guidance, sampler, strength)
 
     def replaced(self, **changes: Any) -> Request:
         """A checked copy with some fields changed."""
@@ -177,6 +182,7 @@ class Sampling:
     steps: int
     guidance: float
     sampler: str
+    strength: float = 1.0  # the noise level at which it starts
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
+from triptych.data.shapes import KINDS, LARGE_SHARE, Kind
 from triptych.errors import SettingsError, nearest
 from triptych.training.optim import EmaSettings, OptimSettings
 
@@ -37,6 +38,10 @@ class DataSettings(Settings):
     repeat: int = Field(1, ge=1, description="how often the shards appear beside the drawn shapes")
     shapes: int = Field(0, ge=0, description="number of procedural shapes pictures")
     shapes_seed: int = Field(0, ge=0, description="seed of the first one")
+    shapes_large: float = Field(LARGE_SHARE, ge=0, le=1, description="share of large objects among them")
+    shapes_kinds: dict[Kind, PositiveFloat] = Field(
+        KINDS, min_length=1, description="how often each kind of drawn picture, as relative weights"
+    )
     size: int = Field(256, ge=32, description="side of the square that gives the area of every canvas")
     ratios: tuple[float, ...] = Field((1.0,), description="aspect ratios width / height; inverses are added")
     factor: int = Field(32, ge=4, description="canvas sides are multiples of this")

@@ -16,6 +16,7 @@ from triptych.data.batches import (
 )
 from triptych.data.batches import load_batch as load_pixels
 from triptych.data.buckets import make_buckets
+from triptych.data.shapes import Mix
 from triptych.data.shards import ShardIndex, without_share_alike
 from triptych.data.sources import DrawnShapes, Joined, Source
 from triptych.errors import SettingsError
@@ -43,7 +44,10 @@ class Pictures:
             repeats.append(data.repeat)
         if data.shapes:
             canvases = [(bucket.height, bucket.width) for bucket in self.buckets]
-            sources.append(DrawnShapes(data.shapes, data.shapes_seed, canvases))
+            together = sum(data.shapes_kinds.values())
+            kinds = tuple((kind, share / together) for kind, share in data.shapes_kinds.items())
+            mix = Mix(kinds, data.shapes_large)
+            sources.append(DrawnShapes(data.shapes, data.shapes_seed, canvases, mix))
             repeats.append(1)
         if not sources:
             raise SettingsError("There are no pictures to train on: set data.shards, data.shapes or both.")
