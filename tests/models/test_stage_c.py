@@ -12,7 +12,7 @@ from triptych.checkpoints.diffusers_config import model_config
 from triptych.checkpoints.files import PartInfo, write_part
 from triptych.checkpoints.load import config_fields, load_part
 from triptych.errors import CheckpointError
-from triptych.models.stage_c import STAGE_C, StageC
+from triptych.models.stage_c import STAGE_C, StageC, embed_positions
 
 MODULATED = dataclasses.replace(STAGE_C["tiny"], pooled_modulation=True)
 
@@ -62,3 +62,29 @@ def test_modulated_weights_are_written_and_read_back(tmp_path: Path) -> None:
 def test_diffusers_cannot_express_it() -> None:
     with pytest.raises(CheckpointError, match="pooled text"):
         model_config("stage_c", MODULATED)
+
+
+PLACED = dataclasses.replace(STAGE_C["tiny"], positions=True)
+
+
+def test_fresh_positions_change_nothing_and_trained_ones_tell_the_borders() -> None:
+    plain, placed = randomised(StageC(STAGE_C["tiny"])), StageC(PLACED)
+    assert set(placed.load_state_dict(plain.state_dict(), strict=False).missing_keys) == {
+        "position_mapper.weight", "position_mapper.bias",
+    }  # fmt: skip
+    pooled = torch.zeros(2, 384)
+    assert torch.equal(answer(placed, pooled), answer(plain, pooled))
+    torch.nn.init.normal_(placed.position_mapper.weight)
+    assert (answer(placed, pooled) - answer(plain, pooled)).abs().max() > 1e-3
+
+
+def test_positions_are_the_same_at_the_borders_of_every_size_and_differ_everywhere() -> None:
+    small, large = (embed_positions(torch.zeros(1, 1, side, 2 * side)) for side in (4, 64))
+    assert large.shape == (64, 128, 16)
+    assert len({tuple(row) for row in small.flatten(0, 1).tolist()}) == 32
+    assert (small[0, 0] - large[8, 8]).abs().max() < 0.1  # the middle of the first latent of four
+
+
+def test_diffusers_cannot_express_positions() -> None:
+    with pytest.raises(CheckpointError, match="positions"):
+        model_config("stage_c", PLACED)

@@ -109,9 +109,10 @@ def _unet(config: Any) -> dict[str, Any]:
 
 
 def _stage_c(config: Any) -> dict[str, Any]:
-    if config.pooled_modulation:
+    if config.pooled_modulation or config.positions:
         raise CheckpointError(
-            "diffusers has no Stage C whose time blocks see the pooled text, as this one's do."
+            "diffusers has no Stage C whose time blocks see the pooled text, or whose positions are told "
+            "where they are, as this one's."
         )
     return {
         "clip_image_in_channels": config.image_width,
@@ -123,6 +124,8 @@ def _stage_c(config: Any) -> dict[str, Any]:
 
 
 def _stage_b(config: Any) -> dict[str, Any]:
+    if config.semantic_unfold:
+        raise CheckpointError("diffusers has no Stage B that unfolds its semantic latents, as this one does.")
     return {
         "clip_image_in_channels": None,
         "clip_text_in_channels": None,

@@ -52,9 +52,14 @@ def buckets_of(sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket]) -> int:
-    """The index of the bucket with the nearest ratio; the first one on ties."""
+    """The index of the bucket with the nearest ratio; among like ones the nearest in size, then the first."""
     ratio = width / height
-    return min(range(len(buckets)), key=lambda index: abs(buckets[index].ratio - ratio))
+
+    def distance(index: int) -> tuple[float, int]:
+        bucket = buckets[index]
+        return abs(bucket.ratio - ratio), abs(bucket.height * bucket.width - height * width)
+
+    return min(range(len(buckets)), key=distance)
 
 
 def shorter_side(height: int, width: int, bucket: Bucket) -> int:

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
 
 from triptych.data.shapes import BASE, PUBLISHED, Mix, draw_shapes
 from triptych.data.shards import Sample
 from triptych.errors import DataError
+
+PLAIN_TOLERANCE = 8  # of 255, about what lossy compression leaves of a plain colour
+PLAIN_SHARE = 0.98  # of the rim
 
 
 class Source(Protocol):
@@ -62,6 +69,57 @@ class DrawnShapes:
     def read(self, index: int) -> Sample:
         height, width = self.size(index)
         return draw_shapes(self.first_seed + index, width, height, mix=self.mix)
+
+
+class OnCanvases:
+    """The pictures of another source on canvases (height, width) taken in turn, by number.
+
+    A drawing on a plain background is scaled to fit and its background extended, so nothing of it is lost;
+    any other picture is cropped.
+    """
+
+    def __init__(self, source: Source, canvases: Sequence[tuple[int, int]]) -> None:
+        self.source = source
+        self.canvases = tuple(canvases)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        height, width = self.canvases[index % len(self.canvases)]
+        return f"{self.source.key(index)}@{width}x{height}"
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        readable = self.source.size(index) is not None
+        return self.canvases[index % len(self.canvases)] if readable else None
+
+    def read(self, index: int) -> Sample | None:
+        sample = self.source.read(index)
+        if sample is None:
+            return None
+        height, width = self.canvases[index % len(self.canvases)]
+        if sample.image.size == (width, height):
+            return sample
+        return replace(sample, image=to_canvas(sample.image, height, width))
+
+
+def to_canvas(image: Image.Image, height: int, width: int) -> Image.Image:
+    """`image` scaled to fit a canvas whose rest has its background's colour; cropped if that is not plain."""
+    background = plain_background(image)
+    if background is None:
+        return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=background)
+
+
+def plain_background(image: Image.Image) -> tuple[int, int, int] | None:
+    """The one colour along the rim of an RGB picture, or None when there are several."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.int16)
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colour = np.median(rim, axis=0)
+    if np.mean(np.abs(rim - colour).max(axis=1) <= PLAIN_TOLERANCE) < PLAIN_SHARE:
+        return None
+    red, green, blue = (int(value) for value in colour)
+    return red, green, blue
 
 
 class Joined:

@@ -35,6 +35,9 @@ class StageBConfig(TrunkConfig):
     kernel: int = 3
     dropout: tuple[float, ...] = (0.0, 0.0, 0.1, 0.1)
     self_attention: tuple[bool, ...] = (True, True, True, True)
+    # Each semantic latent is also unfolded into this many positions a side by a small decoder of its own. Not
+    # published: large networks read the place inside a latent from its neighbours, small ones hardly can.
+    semantic_unfold: int = 0
 
 
 STAGE_B = {
@@ -60,6 +63,7 @@ STAGE_B = {
         extra_times=(),
         dropout=(0.0, 0.0, 0.0),
         self_attention=(True, True, True),
+        semantic_unfold=4,
     ),
     "tiny": StageBConfig(
         widths=(16, 32),
@@ -88,7 +92,14 @@ class StageB(Trunk):
         self.effnet_mapper = map_mapper(config.semantic_channels, config.widths[0])
         self.pixels_mapper = map_mapper(config.pixel_channels, config.widths[0])
         self.clip_mapper = nn.Linear(config.pooled_width, config.cond_width * config.tokens_per_vector)
+        if config.semantic_unfold:
+            self.semantic_unfold = unfolder(
+                config.semantic_channels, config.widths[0], config.semantic_unfold
+            )
         self.reset_parameters()
+        if config.semantic_unfold:
+            last: Any = self.semantic_unfold[2]
+            nn.init.zeros_(last.weight)
 
     def condition_mappers(self) -> list[Any]:
         convs = [mapper[index] for mapper in (self.effnet_mapper, self.pixels_mapper) for index in (0, 2)]
@@ -107,6 +118,8 @@ class StageB(Trunk):
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
         size = (h.shape[-2], h.shape[-1])
         h = h + self.effnet_mapper(resize(semantic, size))
+        if self.config.semantic_unfold:
+            h = h + resize(self.semantic_unfold(semantic), size)
         if pixels is None:
             pixels = x.new_zeros(x.shape[0], self.config.pixel_channels, 8, 8)
         return h + resize(self.pixels_mapper(pixels), size)
@@ -130,6 +143,16 @@ class StageB(Trunk):
         h = self.embed_inputs(x, semantic, pixels)  #            (B, widths[0], H/2, W/2)
         h = self.run(h, time_vector, tokens)  #                  (B, widths[0], H/2, W/2)
         return self.clf(h)  #                                    (B, 4, H, W)
+
+
+def unfolder(channels: int, width: int, factor: int) -> nn.Sequential:
+    """A map (B, channels, h, w) -> (B, width, factor * h, factor * w)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 8 * width, 3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(8 * width, width * factor**2, 1),
+        nn.PixelShuffle(factor),
+    )
 
 
 def map_mapper(channels: int, width: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ class StageCConfig(TrunkConfig):
     # Time blocks also see the pooled text. Not published: it costs a small network nearly nothing and tells
     # every position at once what is asked for.
     pooled_modulation: bool = False
+    # Every position is told where it is. Not published: large networks find out from the borders.
+    positions: bool = False
 
 
 STAGE_C = {
@@ -60,6 +63,7 @@ STAGE_C = {
         extra_times=(),
         dropout=(0.0, 0.0),
         pooled_modulation=True,
+        positions=True,
     ),
     "tiny": StageCConfig(
         widths=(32, 32),
@@ -75,6 +79,26 @@ STAGE_C = {
 }
 
 
+POSITION_WAVES = (0.25, 0.5, 1.0, 2.0)  # waves over a whole side
+
+
+def embed_positions(x: Tensor) -> Tensor:
+    """Where each position of a map (B, c, h, w) is: sines and cosines of its row and column, (h, w, 16).
+
+    Counted from the middle in sides of the map, so that maps of all sizes have the same borders.
+    """
+    waves = torch.tensor(POSITION_WAVES, device=x.device) * (2 * math.pi)
+    axes = []
+    for side in x.shape[-2:]:
+        places = (torch.arange(side, device=x.device) + 0.5) / side - 0.5
+        angles = places[:, None] * waves
+        axes.append(torch.cat([angles.sin(), angles.cos()], dim=1))  # (side, 8)
+    rows, columns = axes
+    height, width = len(rows), len(columns)
+    both = [rows[:, None].expand(height, width, -1), columns[None].expand(height, width, -1)]
+    return torch.cat(both, dim=-1).to(x.dtype)
+
+
 class StageC(Trunk):
     """The text-conditional diffusion network on `latents_c`."""
 
@@ -86,7 +110,11 @@ class StageC(Trunk):
         self.clip_txt_mapper = nn.Linear(config.text_width, config.cond_width)
         self.clip_txt_pooled_mapper = nn.Linear(config.pooled_width, vector)
         self.clip_img_mapper = nn.Linear(config.image_width, vector)
+        if config.positions:
+            self.position_mapper = nn.Linear(4 * len(POSITION_WAVES), config.widths[0])
         self.reset_parameters()
+        if config.positions:
+            nn.init.zeros_(self.position_mapper.weight)
 
     @property
     def pooled_modulation(self) -> int:
@@ -142,6 +170,9 @@ class StageC(Trunk):
             time_vector = torch.cat([time_vector, pooled.to(x.dtype)], dim=1)
         tokens = self.embed_conditioning(text_hidden, text_pooled, image_embed)  # (B, 85, cond_width)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))  # (B, widths[0], h, w)
+        if self.config.positions:
+            places = self.position_mapper(embed_positions(x))  #               (h, w, widths[0])
+            h = h + places.permute(2, 0, 1)
         h = self.run(h, time_vector, tokens, residuals)  #                     (B, widths[0], h, w)
         return self.clf(h)  #                                                  (B, 16, h, w)
 

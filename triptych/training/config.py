@@ -44,6 +44,10 @@ class DataSettings(Settings):
     )
     size: int = Field(256, ge=32, description="side of the square that gives the area of every canvas")
     ratios: tuple[float, ...] = Field((1.0,), description="aspect ratios width / height; inverses are added")
+    canvases: tuple[tuple[int, int], ...] = Field(
+        (), description="further canvases, [width, height], to which pictures are brought by force"
+    )
+    canvas_share: float = Field(0.2, gt=0, lt=1, description="share of pictures on those canvases")
     factor: int = Field(32, ge=4, description="canvas sides are multiples of this")
     random_share: float = Field(0.05, ge=0, le=1, description="share of pictures sent to any canvas")
     random_crop: bool = Field(True, description="crop at random, not at the centre")
@@ -93,6 +97,9 @@ class DiffusionSettings(Settings):
         False, description="without an image encoder: the caption's vector stands in"
     )
     drop_semantic: float = Field(0.1, ge=0, le=1, description="share of samples without semantic latents")
+    semantic_noise: float = Field(
+        0.0, ge=0, description="Stage B: deviation, at most, of noise on the semantic latents it is told"
+    )
     semantic_scale: tuple[float, float] = Field((0.5, 1.0), description="Stage B: range of f, see the docs")
     sampling: dict[str, Any] = Field(default_factory=dict, description="defaults written for generation")
 

@@ -310,7 +310,11 @@ def stage_b_loss(
     t = training_times(draws.uniform())
     _, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
     dropped = (draws.uniform() < diffusion.drop_semantic).to(device)
-    semantic = encoded.latents_c.to(device) * (~dropped)[:, None, None, None]
+    semantic = encoded.latents_c.to(device)
+    if diffusion.semantic_noise:  # Stage C's latents are never perfect: learn to look past small errors
+        amount = diffusion.semantic_noise * draws.uniform().to(device)[:, None, None, None]
+        semantic = semantic + amount * draws.normal(semantic.shape[1:]).to(device)
+    semantic = semantic * (~dropped)[:, None, None, None]
     x0 = encoded.latents_b.to(device)
     shape = tuple(x0.shape[1:])
     eps = pyramid_noise((len(x0), *shape), lambda s: draws.normal(s[1:])) if diffusion.pyramid_noise else None

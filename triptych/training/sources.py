@@ -15,10 +15,10 @@ from triptych.data.batches import (
     order_of,
 )
 from triptych.data.batches import load_batch as load_pixels
-from triptych.data.buckets import make_buckets
+from triptych.data.buckets import buckets_of, make_buckets
 from triptych.data.shapes import Mix
 from triptych.data.shards import ShardIndex, without_share_alike
-from triptych.data.sources import DrawnShapes, Joined, Source
+from triptych.data.sources import DrawnShapes, Joined, OnCanvases, Source
 from triptych.errors import SettingsError
 from triptych.training.config import DataSettings, RunSettings
 
@@ -33,6 +33,8 @@ class Pictures:
         self.settings = settings
         self.shards: ShardIndex | None = None
         self.buckets = make_buckets(data.size, data.ratios, data.factor)
+        self.forced = buckets_of((height, width) for width, height in data.canvases)
+        self.buckets += self.forced
         self.source = self.build_source(data)
 
     def build_source(self, data: DataSettings) -> Source:
@@ -40,10 +42,10 @@ class Pictures:
         repeats = []
         if data.shards:
             self.shards = ShardIndex(data.shards, keep=None if data.share_alike else without_share_alike)
-            sources.append(self.shards)
+            sources.append(OnCanvases(self.shards, self.turns()) if self.forced else self.shards)
             repeats.append(data.repeat)
         if data.shapes:
-            canvases = [(bucket.height, bucket.width) for bucket in self.buckets]
+            canvases = self.turns() or [(bucket.height, bucket.width) for bucket in self.buckets]
             together = sum(data.shapes_kinds.values())
             kinds = tuple((kind, share / together) for kind, share in data.shapes_kinds.items())
             mix = Mix(kinds, data.shapes_large)
@@ -52,6 +54,16 @@ class Pictures:
         if not sources:
             raise SettingsError("There are no pictures to train on: set data.shards, data.shapes or both.")
         return Joined(sources, repeats)
+
+    def turns(self) -> list[tuple[int, int]]:
+        """Canvases in the order in which pictures take them, the forced ones by their share; or none."""
+        share, forced = self.settings.data.canvas_share, [(b.height, b.width) for b in self.forced]
+        own = [(b.height, b.width) for b in self.buckets if b not in self.forced]
+        repeats = max(1, round(len(forced) * (1 - share) / share / len(own)))
+        turns: list[tuple[int, int]] = []
+        for number, canvas in enumerate(forced):  # spread out, since neighbours in a shard are alike
+            turns += [*(own * repeats)[number :: len(forced)], canvas]
+        return turns
 
     def order(self, places: Sequence[int] | None = None) -> BatchOrder:
         """The batches; `places` are known buckets of the samples, from a cache."""
