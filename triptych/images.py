@@ -16,18 +16,21 @@ import os
 import re
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from triptych.errors import DataError
 
 METADATA_KEY = "triptych"
+MAX_PIXELS = 178_956_970  # of a picture that is read: Pillow's own limit
+MAX_FILE_BYTES = 512 * 2**20
 MAX_STEM_BYTES = 80  # file systems allow 255 bytes a name; this leaves room for seed, number and suffix
 
 
@@ -44,25 +47,108 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """An RGB copy of `image`; transparency becomes white, as a viewer would print it."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """An sRGB copy of `image`; transparency becomes white, as a viewer would print it.
+
+    Deep greys are scaled to 8 bits; colours with a profile of their own (CMYK, wide gamuts) are converted.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
+        flat = Image.alpha_composite(white, layered).convert("RGB")
+    else:
+        flat = image if image.mode == "CMYK" else image.convert("RGB")
+    return _to_srgb(flat, image.info.get("icc_profile"))
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """The levels of a 16-bit, 32-bit or floating-point grey picture in 0 to 255."""
+    levels = np.nan_to_num(np.asarray(image).astype(np.float32))
+    highest = float(levels.max(initial=0))
+    peak = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 255.0
+    if image.mode == "F" and highest <= 1:
+        peak = 1.0
+    return (levels * (255 / peak)).round().clip(0, 255).astype(np.uint8)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Colours of the ICC `profile` as sRGB; without one, or with a damaged one, the plain conversion."""
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+            stored = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(stored).lower():
+                screen = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(image, stored, screen, outputMode="RGB")
+                if converted is not None:
+                    return converted
     return image.convert("RGB")
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """Read a picture file as RGB, upright. Raises DataError naming the file when it is none."""
+    """Read a picture file as RGB, upright. Raises DataError naming the file when it is none or too large."""
+    return decode_picture(read_bytes(path), path)
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """The content of a picture file. Raises DataError when it is missing, a folder or too large."""
+    path = Path(path)
     try:
-        with Image.open(path) as image:
-            return flatten(ImageOps.exif_transpose(image))
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{path} has {size / 1e6:,.0f} MB; pictures of up to {MAX_FILE_BYTES / 1e6:,.0f} MB are read."
+            )
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"No such picture: {path}.") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder; a picture file was expected.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a picture: {error}.") from error
+
+
+def decode_picture(content: bytes, name: object) -> Image.Image:
+    """The bytes of a picture file as RGB, turned upright, the first frame of several.
+
+    `name` is what errors call it. Raises DataError for anything that cannot be shown, and above MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF data, and of large pictures, which are checked here
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{width}x{height}")
+                image.load()
+                return flatten(_upright(image))
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"{name} is too large: pictures of up to {MAX_PIXELS / 1e6:.0f} million pixels are read; "
+            "scale it down first."
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever their loops trip over
+        reason = str(error).replace(f"{io.BytesIO.__module__}.BytesIO", "file").rstrip(".")
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its format is not known; save it as PNG or JPEG"
+        raise DataError(f"{name} cannot be read as a picture: {reason}.") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data says; damaged EXIF data says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever a parser of damaged tags trips over
+        return image
+
+
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """`image` at `size` (width, height): scaled until it covers that, the middle kept."""
+    if image.size == size:
+        return image
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 0) -> Image.Image:

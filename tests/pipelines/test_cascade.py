@@ -14,7 +14,7 @@ from triptych import Cascade, CheckpointError, Request, RequestError
 from triptych.checkpoints.files import read_tensors, write_part
 from triptych.checkpoints.headers import read_metadata
 from triptych.errors import CapacityError
-from triptych.pipelines import cascade as cascade_module
+from triptych.pipelines import planning
 from triptych.pipelines.noise import START, draw
 
 
@@ -176,7 +176,7 @@ def test_too_large_a_picture_is_refused_before_loading(
     tiny_cascade: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cascade = Cascade.load(tiny_cascade)
-    monkeypatch.setattr(cascade_module, "free_memory", lambda device: 50_000_000)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 50_000_000)
     with pytest.raises(
         CapacityError, match=r"needs about .* are free on cpu.*would fit with --batch 1 --size"
     ):

@@ -34,6 +34,9 @@ PARTS = (
     "judge",
     "lora",
     "controlnet",
+    "saliency",
+    "pidinet",
+    "latents",
 )
 MAX_HEADER_BYTES = 32 * 2**20  # the largest published header has 1,726 names and takes 0.2 MB
 MAX_DIMENSIONS = 16

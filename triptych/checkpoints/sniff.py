@@ -28,6 +28,9 @@ PART_NAMES = {
     "judge": "a judge for evaluation",
     "lora": "a LoRA",
     "controlnet": "a ControlNet",
+    "saliency": "a saliency network, which finds masks for inpainting",
+    "pidinet": "an edge network, which makes soft-edge hints",
+    "latents": "a picture's latents",
     "token": "a learned token",
     "discriminator": "Stage A's discriminator (only for training)",
     "wuerstchen_prior": "the prior of Würstchen v2",
@@ -150,6 +153,10 @@ def _sniff_small(shapes: Shapes) -> Sniffed | None:
         return Sniffed("transformers", "text_encoder", None, ("text_encoder",))
     if any(name.startswith("vision_model.") for name in shapes):
         return Sniffed("transformers", "image_encoder", None, ("image_encoder",))
+    if "downsampler.1.weight" in shapes and "segmentator.6.weight" in shapes:
+        return Sniffed("official", "saliency", None, ("saliency",))
+    if "init_block.weight" in shapes and "block1_1.conv1.weight" in shapes:
+        return Sniffed("official", "pidinet", None, ("pidinet",))
     if "clip_g" in shapes:
         return Sniffed("comfyui", "token")
     return None

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from triptych.data.sources import Source
 from triptych.errors import DataError
@@ -34,11 +32,10 @@ from triptych.evaluation.prompts import IconPrompt, ShapesPrompt
 from triptych.images import to_images, to_pixels
 from triptych.pipelines.cascade import Cascade
 from triptych.pipelines.inputs import Inputs
+from triptych.pipelines.pictures import encode_semantic
 from triptych.pipelines.request import Request
-from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_c
 
 SEED_STRIDE = 1_000_000
-ENCODER_STRIDE = 32  # pixels per latent of the semantic encoder
 TOP = 5  # icons also report how often the concept is among the first five
 
 Progress = Callable[[int, int], None]  # pictures done, pictures in all
@@ -182,7 +179,7 @@ def evaluate_reconstruction(
         with cascade.parts.turn("stage_a") as stage_a, torch.no_grad():
             latents_b = stage_a.encode(pixels.to(cascade.device))
             through_a = stage_a.decode(latents_b).float().cpu().clamp(0, 1)
-        latents_c = encode_semantic(cascade, pixels)
+        latents_c = encode_semantic(cascade.parts, pixels)
         drawn = [seed * SEED_STRIDE + index]
         request = Request(prompt=caption, seeds=drawn, size=image.size, **settings)
         through_b = to_pixels(cascade.generate(request, Inputs(latents_c=latents_c)).images)
@@ -198,22 +195,6 @@ def evaluate_reconstruction(
     if not rows:
         raise DataError("There was no readable picture of a size that the model can make.")
     return _reconstruction_report(rows, kinds, judge, settings)
-
-
-def encode_semantic(cascade: Cascade, pixels: Tensor) -> Tensor:
-    """Pixels (B,3,H,W) -> the `latents_c` that a picture of this size has, by the semantic encoder.
-
-    A model with more than 32 pixels a latent saw its pictures scaled down in training, and so they are here.
-    """
-    settings = cascade.parts.info("stage_c").settings
-    ratio = settings.get("pixels_per_latent", PIXELS_PER_LATENT_C)
-    rows, columns = latent_size_c(pixels.shape[2], pixels.shape[3], ratio)
-    size = (rows * ENCODER_STRIDE, columns * ENCODER_STRIDE)
-    if pixels.shape[2:] != size:
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    with cascade.parts.turn("semantic") as encoder, torch.no_grad():
-        latents: Tensor = encoder(pixels.to(cascade.device, cascade.dtype)).float()
-    return latents
 
 
 def _reconstruction_report(

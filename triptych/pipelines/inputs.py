@@ -34,18 +34,22 @@ class Control:
 class Inputs:
     """Tensors have one row for all pictures, or one row for each picture of the request.
 
-    `latents_c` alone skips Stage C. With `Request.strength` below 1 Stage C starts from `start`.
+    `latents_c` skips Stage C, `latents_b` Stage B as well. With `Request.strength` below 1 Stage C starts
+    from `start`.
     """
 
     image_embed: Tensor | None = None  # (1 or N,k,Wi) embeddings of k pictures to follow
+    text_pooled: Tensor | None = None  # (1 or N,1,Wp) takes the place of an empty prompt's pooled vector
     start: Tensor | None = None  # (1 or N,16,h,w) the picture to change
     latents_c: Tensor | None = None  # (1 or N,16,h,w) to be decoded as they are
+    latents_b: Tensor | None = None  # (1 or N,4,H,W) to be decoded as they are
     controls: tuple[Control, ...] = ()
     finish: Callable[[Image.Image, Picture], Image.Image] | None = None  # last touch on the finished picture
 
-    def latents(self) -> list[Tensor]:
-        """All latents_c among the inputs."""
-        return [latents for latents in (self.start, self.latents_c) if latents is not None]
+    def latents(self) -> list[tuple[str, Tensor]]:
+        """All latents among the inputs, with their kind: "latents_c" or "latents_b"."""
+        given = (("latents_c", self.start), ("latents_c", self.latents_c), ("latents_b", self.latents_b))
+        return [(kind, latents) for kind, latents in given if latents is not None]
 
 
 def rows(tensor: Tensor, pictures: Sequence[Picture]) -> Tensor:

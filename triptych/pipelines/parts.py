@@ -17,13 +17,16 @@ from triptych.checkpoints.fit import identify
 from triptych.checkpoints.headers import Header, PartInfo, read_header
 from triptych.checkpoints.load import describe_part, layout_shapes, load_part
 from triptych.checkpoints.precision import repair_float16
-from triptych.conditioning.encode import TextEncoder, load_text_encoder
+from triptych.checkpoints.sniff import PART_NAMES
+from triptych.conditioning.encode import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from triptych.conditioning.towers import file_names, weight_file
 from triptych.errors import CapacityError, CheckpointError
 from triptych.pipelines.placement import Placement, Weights, place
+from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_c
 
 ALLOCATORS_SAY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
-FLOAT32_PARTS = ("stage_a", "previewer")  # they make pixels: bfloat16 would show as banding
+# Stage A and the previewer make pixels, where bfloat16 would show as banding; encoders run once a request.
+FLOAT32_PARTS = ("stage_a", "previewer", "semantic", "image_encoder")
 
 
 class Parts:
@@ -44,7 +47,8 @@ class Parts:
         """Where a part's weights are. Raises CheckpointError when this model has none."""
         path = getattr(self.files, part)
         if path is None:
-            raise CheckpointError(f"The model {self.files.name} has no {part}.")
+            missing = PART_NAMES.get(part, part).removeprefix("the ").removeprefix("an ").removeprefix("a ")
+            raise CheckpointError(f"The model {self.files.name} has no {missing}, which this needs.")
         return Path(path)
 
     def info(self, part: str) -> PartInfo:
@@ -52,6 +56,11 @@ class Parts:
         if part not in self._described:
             self._described[part] = describe_part(self.path(part), part)
         return self._described[part]
+
+    def size_c(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of this model's latents_c for a picture of `height` x `width` pixels."""
+        settings = self.info("stage_c").settings
+        return latent_size_c(height, width, settings.get("pixels_per_latent", PIXELS_PER_LATENT_C))
 
     def header(self, part: str) -> Header:
         """The header of a part's weights; those of a tower may be in a folder."""
@@ -64,7 +73,10 @@ class Parts:
 
     @contextmanager
     def turn(self, part: str) -> Iterator[Any]:
-        """The network of `part` (a TextEncoder for "text_encoder"), released after unless parts are kept."""
+        """The network of `part`, released after unless parts are kept.
+
+        It is a TextEncoder for "text_encoder" and an ImageEncoder for "image_encoder".
+        """
         with memory_errors(part):
             if part not in self._loaded:
                 with self.timed("load"):
@@ -93,7 +105,7 @@ class Parts:
         elif self.device.type == "mps":
             torch.mps.empty_cache()
 
-    def _load(self, part: str) -> nn.Module | TextEncoder:
+    def _load(self, part: str) -> nn.Module | TextEncoder | ImageEncoder:
         """Build and place a part; its first time, refuse weights that are NaN or infinite.
 
         All of its numbers are read then anyway, so looking costs little, and nothing has run on them yet.
@@ -101,8 +113,12 @@ class Parts:
         dtype = torch.float32 if part in FLOAT32_PARTS else self.dtype
         placement = Placement(self.device, dtype, self.weights.get(part, "resident"))
         first = part not in self._checked
-        if part == "text_encoder":
-            encoder = load_text_encoder(self.path(part), self.files.tokenizer)
+        if part in ("text_encoder", "image_encoder"):
+            encoder: TextEncoder | ImageEncoder
+            if part == "text_encoder":
+                encoder = load_text_encoder(self.path(part), self.files.tokenizer)
+            else:
+                encoder = load_image_encoder(self.path(part))
             tower = cast(nn.Module, encoder.tower)
             if first:
                 check_finite(file_names(tower), weight_file(self.path(part), part))

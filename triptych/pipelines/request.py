@@ -58,6 +58,21 @@ Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
+class Source(BaseModel):
+    """A picture that a request follows or starts from: what for, which file, and the SHA-256 of its bytes.
+
+    `role` is "reference" (Stage C is told its embedding, times `weight`) or "start" (its latents are where
+    Stage C begins); controls have roles of their own. `file` is None for a picture that was in no file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: str = Field(min_length=1)
+    file: str | None = None
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    weight: Weight = 1.0
+
+
 class Request(BaseModel):
     """Everything one generation needs. Raises RequestError, in one sentence, for what is wrong in itself.
 
@@ -81,6 +96,7 @@ class Request(BaseModel):
     strength: Strength | None = Field(
         None, description="How far from the source picture: 0 keeps, 1 forgets."
     )
+    sources: tuple[Source, ...] = Field((), description="Pictures to follow or to start from.")
     decoder_steps: Steps | None = Field(None, description="Steps of Stage B.")
     decoder_guidance: Weight | None = Field(None, description="Guidance weight of Stage B.")
     decoder_sampler: str | None = Field(None, description="Sampler of Stage B.")
@@ -124,6 +140,12 @@ class Request(BaseModel):
         """The prompts, always as a tuple."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
+    def sides(self) -> tuple[int, int]:
+        """Height and width in pixels. The request must be resolved."""
+        if self.size is None:
+            raise RequestError("This request has no size yet; resolve it first.")
+        return self.size[1], self.size[0]
+
     def pictures(self) -> list[Picture]:
         """One entry per picture, prompt by prompt. The seed must be known (see `resolve`)."""
         if self.seed is None and self.seeds is None:
@@ -144,8 +166,9 @@ class Request(BaseModel):
         steps, guidance, sampler = of_stage[stage]
         if steps is None or guidance is None or sampler is None:
             raise RequestError("This request still has defaults to fill in; resolve it first.")
-        strength = 1.0 if stage == "stage_b" or self.strength is None else self.strength
-        return Sampling(steps, guidance, sampler, strength)
+        if stage == "stage_b" or not self.strength:
+            return Sampling(steps, guidance, sampler)
+        return Sampling(max(1, round(steps * self.strength)), guidance, sampler, self.strength)
 
     def replaced(self, **changes: Any) -> Request:
         """A checked copy with some fields changed."""
@@ -179,7 +202,7 @@ class Request(BaseModel):
 class Sampling:
     """How one stage is sampled, with every default filled in."""
 
-    steps: int
+    steps: int  # that are taken: from a lower level fewer than were asked for
     guidance: float
     sampler: str
     strength: float = 1.0  # the noise level at which it starts
@@ -222,7 +245,7 @@ def picture_metadata(request: Request, together: Sequence[Picture], index: int) 
         seed=first if plain else None,
         seeds=None if plain else seeds,
     )
-    stored = {key: value for key, value in chunk.model_dump(mode="json").items() if value is not None}
+    stored = {key: value for key, value in chunk.model_dump(mode="json").items() if value not in (None, [])}
     own = together[index]
     return {"version": __version__, "prompt": own.prompt, "seed": own.seed, "request": stored, "index": index}
 

@@ -1,0 +1,294 @@
+"""One request on its way: text and pictures -> Conditioning -> latents_c -> latents_b -> pixels.
+
+Pictures go through the networks in batches; each has its own noise (see `noise`), and a picture's result
+depends on the others of its batch by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from triptych.conditioning.encode import Conditioning, cat, condition
+from triptych.diffusion.denoiser import Branch, Denoiser, Guidance, Predict
+from triptych.diffusion.prediction import add_noise
+from triptych.diffusion.samplers import SAMPLERS, Step
+from triptych.diffusion.schedule import Schedule
+from triptych.images import to_images
+from triptych.models.stage_c import StageCConfig
+from triptych.pipelines.inputs import Inputs, combine, rows
+from triptych.pipelines.noise import START, draw_batch
+from triptych.pipelines.parts import Parts
+from triptych.pipelines.pictures import Brought, with_pictures
+from triptych.pipelines.request import Picture, Request, Result, Sampling, picture_metadata
+from triptych.sizes import latent_size_b
+
+
+@dataclass
+class Event:
+    """Something that happened: `step` of `steps` in `stage` is done, for the pictures named.
+
+    Stages come in the order "text", "stage_c", "stage_b", "stage_a", once per batch from "stage_c" on;
+    "done" is last. `images` and `metadata` belong to "stage_a", one finished picture each time.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    pictures: list[Picture] = field(default_factory=list)
+    previews: list[Image.Image] | None = None  # of the pictures, while Stage C runs, when asked for
+    image: Image.Image | None = None
+    metadata: dict[str, Any] | None = None  # what the PNG of `image` stores
+    result: Result | None = None
+
+
+@dataclass
+class Batch:
+    """Pictures that share their network calls, and what is known of them so far."""
+
+    pictures: list[Picture]
+    cond: Conditioning
+    uncond: Conditioning
+    latents_c: Tensor | None = None
+    latents_b: Tensor | None = None
+
+    @property
+    def seeds(self) -> list[int]:
+        return [picture.seed for picture in self.pictures]
+
+
+class Run:
+    """A resolved request, carried out on the parts of a model.
+
+    What it follows comes as tensors (`inputs`) and as pictures that are still to be encoded (`brought`).
+    """
+
+    def __init__(
+        self, parts: Parts, request: Request, inputs: Inputs, brought: Sequence[Brought] = ()
+    ) -> None:
+        self.parts = parts
+        self.request = request
+        self.inputs = inputs
+        self.brought = brought
+
+    def events(self) -> Generator[Event, None, None]:
+        """Every step of every stage; the last event carries the result."""
+        self.parts.timings = {}
+        pictures = self.request.pictures()
+        yield Event("text", 0, 1, pictures)
+        self.inputs = with_pictures(self.inputs, self.parts, self.request, self.brought)
+        batches = self._read_prompts(pictures)
+        yield Event("text", 1, 1, pictures)
+        images: dict[int, Image.Image] = {}
+        metadata: dict[int, dict[str, Any]] = {}
+        for batch in batches:
+            yield from self._stage_c(batch)
+            yield from self._stage_b(batch)
+            for event in self._stage_a(batch):
+                if event.image is not None and event.metadata is not None:
+                    index = batch.pictures[event.step - 1].index
+                    images[index], metadata[index] = event.image, event.metadata
+                yield event
+        result = Result(
+            images=[images[picture.index] for picture in pictures],
+            latents_c=_in_order(batches, "latents_c"),
+            latents_b=_in_order(batches, "latents_b"),
+            request=self.request,
+            timings=dict(self.parts.timings),
+            metadata=[metadata[picture.index] for picture in pictures],
+        )
+        yield Event("done", 1, 1, pictures, result=result)
+
+    def _read_prompts(self, pictures: Sequence[Picture]) -> list[Batch]:
+        """Encode every different prompt, and group pictures whose prompts are equally long into batches.
+
+        No attention mask reaches Stage C, so padding a prompt to its neighbour's length would change its
+        picture; each prompt is therefore read alone, beside its negative.
+        """
+        width = StageCConfig(**self.parts.info("stage_c").config).image_width
+        read: dict[str, Conditioning] = {}
+        with self.parts.turn("text_encoder") as encoder, self.parts.timed("text"):
+            for prompt in self.request.prompts:
+                if prompt not in read:
+                    read[prompt] = condition(encoder, [prompt, self.request.negative], image_width=width)
+                    self._check(read[prompt].text_hidden, "text_encoder")
+        groups: dict[int, list[Picture]] = {}
+        for picture in pictures:
+            groups.setdefault(read[picture.prompt].text_hidden.shape[1], []).append(picture)
+        size = self.request.batch or 1
+        batches = []
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                together = group[start : start + size]
+                told = [read[picture.prompt] for picture in together]
+                cond, uncond = _rows(told, 0), _rows(told, 1)
+                batches.append(self._follow_pictures(Batch(together, cond, uncond)))
+        return batches
+
+    def _follow_pictures(self, batch: Batch) -> Batch:
+        """Add the embeddings of pictures. Guidance is measured against text and pictures left out."""
+        if self.inputs.image_embed is None:
+            return batch
+        embed = rows(self.inputs.image_embed.to(batch.cond.image_embed), batch.pictures)
+        batch.uncond = replace(batch.uncond, image_embed=torch.zeros_like(embed))
+        batch.cond = replace(batch.cond, image_embed=embed)
+        if self.inputs.text_pooled is not None:
+            own = rows(self.inputs.text_pooled.to(batch.cond.text_pooled), batch.pictures)
+            silent = torch.tensor([not picture.prompt.strip() for picture in batch.pictures])
+            silent = silent.to(own.device)[:, None, None]
+            pooled = torch.where(silent, own, batch.cond.text_pooled)
+            batch.cond = replace(batch.cond, text_pooled=pooled)
+        return batch
+
+    def _stage_c(self, batch: Batch) -> Iterator[Event]:
+        """Text and inputs -> latents_c."""
+        start = self.inputs.start
+        given = self.inputs.latents_c if start is None or self.request.strength != 0 else start
+        if given is not None:
+            batch.latents_c = rows(given.float().cpu(), batch.pictures).contiguous()
+            yield Event("stage_c", 1, 1, batch.pictures)
+            return
+        cond, uncond = (part.to(self.parts.device, self.parts.dtype) for part in (batch.cond, batch.uncond))
+        both = cat(cond, uncond)
+        acting: list[Tensor | None] = []
+        with self.parts.turn("stage_c") as network:
+            shape = (network.config.channels, *self.parts.size_c(*self.request.sides()))
+
+            def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
+                told = both if len(branches) == 2 else cond
+                x, t = _repeated(x.to(self.parts.dtype), t, len(branches))
+                residuals = [
+                    None if residual is None else torch.cat([residual] * len(branches)).to(x)
+                    for residual in acting
+                ]
+                with torch.no_grad():
+                    answer = network(
+                        x,
+                        t,
+                        told.text_hidden,
+                        told.text_pooled,
+                        told.image_embed,
+                        residuals=residuals or None,
+                    )
+                return answer.float().chunk(len(branches))
+
+            if start is not None:
+                start = rows(start.float().to(self.parts.device), batch.pictures)
+            how = self.request.sampling("stage_c")
+            acting[:] = combine(self.inputs.controls, 0, how.steps, batch.pictures)
+            for step in self._sample("stage_c", predict, shape, batch, how, start):
+                batch.latents_c = step.x0
+                acting[:] = combine(self.inputs.controls, step.index + 1, step.steps, batch.pictures)
+                previews = self._preview(step.x0) if self.request.preview else None
+                yield Event("stage_c", step.index + 1, step.steps, batch.pictures, previews)
+
+    def _stage_b(self, batch: Batch) -> Iterator[Event]:
+        """latents_c and pooled text -> latents_b."""
+        assert batch.latents_c is not None
+        if self.inputs.latents_b is not None:
+            batch.latents_b = rows(self.inputs.latents_b.float().to(self.parts.device), batch.pictures)
+            yield Event("stage_b", 1, 1, batch.pictures)
+            return
+        height, width = self.request.sides()
+        semantic = batch.latents_c.to(self.parts.device, self.parts.dtype)
+        both = torch.cat([semantic, torch.zeros_like(semantic)])
+        pooled = cat(batch.cond, batch.uncond).text_pooled.to(self.parts.device, self.parts.dtype)
+        with self.parts.turn("stage_b") as network:
+            shape = (network.config.channels, *latent_size_b(height, width))
+
+            def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
+                rows = len(branches) * len(batch.pictures)
+                x, t = _repeated(x.to(self.parts.dtype), t, len(branches))
+                with torch.no_grad():
+                    answer = network(x, t, both[:rows], pooled[:rows])
+                return answer.float().chunk(len(branches))
+
+            for step in self._sample("stage_b", predict, shape, batch, self.request.sampling("stage_b")):
+                batch.latents_b = step.x0
+                yield Event("stage_b", step.index + 1, step.steps, batch.pictures)
+        batch.latents_c = batch.latents_c.cpu()
+
+    def _stage_a(self, batch: Batch) -> Iterator[Event]:
+        """latents_b -> pixels, in float32 and one picture at a time: it is the largest map of all."""
+        assert batch.latents_b is not None
+        with self.parts.turn("stage_a") as network:
+            for row in range(len(batch.pictures)):
+                with self.parts.timed("stage_a"), torch.no_grad():
+                    pixels = network.decode(batch.latents_b[row : row + 1].float())
+                    self._check(pixels, "stage_a")
+                    (image,) = to_images(pixels)
+                    if self.inputs.finish is not None:
+                        image = self.inputs.finish(image, batch.pictures[row])
+                stored = picture_metadata(self.request, batch.pictures, row)
+                yield Event("stage_a", row + 1, len(batch.pictures), batch.pictures, None, image, stored)
+        batch.latents_b = batch.latents_b.cpu()
+
+    def _sample(
+        self,
+        stage: str,
+        predict: Predict,
+        shape: tuple[int, ...],
+        batch: Batch,
+        how: Sampling,
+        start: Tensor | None = None,
+    ) -> Iterator[Step]:
+        """Run the sampler of one stage from noise, or from `start` noised to the level `how.strength`.
+
+        The state is float32 whatever the network computes in.
+        """
+        settings = self.parts.info(stage).settings
+        schedule = Schedule(settings["shift"])
+        guidance = None if how.guidance == 1 else Guidance(how.guidance, rescale=settings["rescale"])
+        denoise = Denoiser(predict, schedule, settings["prediction"], guidance)
+
+        def noise(step: int) -> Tensor:
+            return draw_batch(batch.seeds, stage, step, shape).to(self.parts.device)
+
+        x = noise(START)
+        times, logsnrs = schedule.grid(how.steps, how.strength)
+        if start is not None and how.strength < 1:  # at 1 the little that is left of `start` is left out
+            x = add_noise(start, x, logsnrs[0].to(self.parts.device))
+        run = SAMPLERS[how.sampler](denoise, x, times, logsnrs, noise)
+        while True:
+            with self.parts.timed(stage):
+                step = next(run, None)
+            if step is None:
+                return
+            self._check(step.x0, stage)
+            yield step
+
+    def _check(self, numbers: Tensor, part: str) -> None:
+        """Raise CheckpointError when a network answered NaN or infinity: no such picture is ever written."""
+        if not bool(torch.isfinite(numbers).all()):
+            raise self.parts.blame(part)
+
+    def _preview(self, latents_c: Tensor) -> list[Image.Image]:
+        with self.parts.turn("previewer") as network, torch.no_grad():
+            return to_images(network(latents_c.float()))
+
+
+def _rows(read: Sequence[Conditioning], row: int) -> Conditioning:
+    """Row `row` of each, stacked."""
+    return Conditioning(
+        torch.stack([one.text_hidden[row] for one in read]),
+        torch.stack([one.text_pooled[row] for one in read]),
+        torch.stack([one.image_embed[row] for one in read]),
+    )
+
+
+def _repeated(x: Tensor, t: Tensor, branches: int) -> tuple[Tensor, Tensor]:
+    return torch.cat([x] * branches), torch.cat([t] * branches)
+
+
+def _in_order(batches: Sequence[Batch], name: str) -> Tensor:
+    """Latents of all pictures, in the order of the request."""
+    rows: dict[int, Tensor] = {}
+    for batch in batches:
+        latents = getattr(batch, name)
+        rows.update((picture.index, latents[row]) for row, picture in enumerate(batch.pictures))
+    return torch.stack([rows[index] for index in sorted(rows)])
