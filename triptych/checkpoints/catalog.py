@@ -63,6 +63,12 @@ SHARED_FILES = {
     "previewer": (DECODER_REPO, "previewer.safetensors", 3_979_651),
 }
 
+# ControlNets of the 3.6B Stage C, by what they were trained on; identity's was withdrawn.
+CONTROLNET_FILES = {
+    "canny": (DECODER_REPO, "controlnet/canny.safetensors"),
+    "inpainting": (DECODER_REPO, "controlnet/inpainting.safetensors"),
+    "super_resolution": (DECODER_REPO, "controlnet/super_resolution.safetensors"),
+}
 # What a pipeline needs to know about published weights, which say nothing about themselves.
 PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
     "stage_c": {
@@ -231,6 +237,48 @@ def _candidates(path: Path) -> list[Candidate]:
     wide = header.size // 2**20
     rank = (full_first, elsewhere, wide, path.name)
     return [Candidate(part, sniffed.size, path, rank) for part in sniffed.parts or (sniffed.part,)]
+
+
+def controlnet_files(files: ModelFiles) -> dict[str, Path]:
+    """Hint -> ControlNet, of those beside a model's own files or in a folder `controlnet` there.
+
+    The first of a kind counts, by name; damaged files do not.
+    """
+    parts = (files.stage_c, files.stage_b, files.stage_a, files.text_encoder)
+    folders = dict.fromkeys(part.parent for part in parts)
+    found: dict[str, Path] = {}
+    for place in [inner for folder in folders for inner in (folder, folder / "controlnet")]:
+        for path in sorted(place.glob("*.safetensors")):
+            try:
+                header, sniffed = identify(path)
+            except CheckpointError:
+                continue
+            if sniffed.part == "controlnet":
+                stored = part_info(header)
+                hint = stored.settings.get("hint") if stored is not None else path.stem
+                found.setdefault(str(hint), path)
+    return found
+
+
+def find_controlnet(files: ModelFiles, hint: str, say: Callable[[str], None] | None = None) -> Path:
+    """The ControlNet of a model for one kind of hint; published ones are downloaded the first time.
+
+    Raises CheckpointError that names the kinds there are, or says that nobody published this one.
+    """
+    found = controlnet_files(files)
+    if hint in found:
+        return found[hint]
+    if files.name in PUBLISHED and hint in CONTROLNET_FILES:
+        place = CONTROLNET_FILES[hint]
+        if cached(*place) is None:
+            tell_once(PUBLISHED_NOTICE, say or _to_stderr)
+        return fetch(*place)
+    known = sorted({*found, *(CONTROLNET_FILES if files.name in PUBLISHED else ())})
+    has = f"it has {', '.join(known)}" if known else "it has none at all"
+    raise CheckpointError(
+        f'{files.name} has no ControlNet for "{hint}"; {has}. Give a file with --controlnet, or train one '
+        f'with the recipe "controlnet" (control.hint = "{hint}").'
+    )
 
 
 def _as_folder(path: Path) -> Path:

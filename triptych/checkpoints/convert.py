@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.checkpoints.catalog import ModelFiles
+from triptych.checkpoints.catalog import ModelFiles, controlnet_files
 from triptych.checkpoints.diffusers_config import (
     DECODER_INDEX,
     IMAGE_PROCESSOR,
@@ -52,6 +52,8 @@ OFFICIAL_NAMES = {
     "stage_c": "stage_c",
     "semantic": "effnet_encoder",
     "previewer": "previewer",
+    "saliency": "saliency",
+    "pidinet": "pidinet",
 }
 LITE = ("1b", "700m")
 COMFYUI_FILES = {
@@ -115,13 +117,18 @@ def convert_model(
     files: ModelFiles, target: Path, layout: str, dtype: torch.dtype | None = None
 ) -> list[Path]:
     """Convert all parts of a model into a new folder; returns the files written."""
-    paths = {part: getattr(files, part) for part in NETWORKS}
+    paths = {part: getattr(files, part, None) for part in NETWORKS}
     parts = {part: _checked(path, part) for part, path in paths.items() if path is not None}
     towers = {"text_encoder": files.text_encoder}
     if files.image_encoder is not None:
         towers["image_encoder"] = files.image_encoder
     with _new_folder(target) as folder:
         _write(folder, parts, towers, files.tokenizer, layout, dtype)
+        for path in controlnet_files(files).values():  # the same file everywhere, in the hub's place for it
+            contents = _checked(path, "controlnet")
+            (folder / "controlnet").mkdir(exist_ok=True)
+            name = official_name(contents, dtype)
+            _write_part(folder / "controlnet" / name, contents, "official", dtype)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
@@ -167,7 +174,11 @@ def _write_official(
 
 def official_name(contents: Part, dtype: torch.dtype | None = None) -> str:
     """The name the hub gives such a file: `stage_c_lite_bf16.safetensors`."""
-    name = OFFICIAL_NAMES[contents.info.part]
+    if contents.info.part == "controlnet":  # on the hub inside a folder, controlnet/canny.safetensors
+        hint = str(contents.info.settings.get("hint"))
+        name = hint if hint.isidentifier() else "controlnet"
+    else:
+        name = OFFICIAL_NAMES[contents.info.part]
     name += "_lite" if contents.info.size in LITE else ""
     stored = dtype or next(iter(contents.tensors.values())).dtype
     return name + ("_bf16" if stored == torch.bfloat16 else "") + ".safetensors"

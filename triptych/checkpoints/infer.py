@@ -2,7 +2,8 @@
 
 Published files have no configuration inside. Everything that shapes parameters can be read off them; what
 cannot is assumed as published: heads of 64 channels, dropout 0.1 where there is attention, self-attention
-on, no resampling between Stage C's levels, Stage A's scale 0.43. Names are ours (`keys.py`).
+on, no resampling between Stage C's levels, Stage A's scale 0.43, the usual blocks of a ControlNet. Names
+are ours (`keys.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 from triptych.errors import CheckpointError
+from triptych.models.controlnet import PUBLISHED_BLOCKS, PUBLISHED_CONTROLNETS, ControlNetConfig
+from triptych.models.pidinet import PiDiNetConfig
+from triptych.models.saliency import SaliencyConfig
 from triptych.models.semantic import SEMANTIC, PreviewerConfig, SemanticConfig, SemanticEncoder
 from triptych.models.stage_a import StageAConfig
 from triptych.models.stage_b import STAGE_B, StageBConfig
@@ -43,6 +47,13 @@ def infer_config(part: str, shapes: Shapes, heads: tuple[int, ...] | None = None
             return _semantic(shapes)
         if part == "previewer":
             return _previewer(shapes)
+        if part == "controlnet":
+            return _controlnet(shapes)
+        if part == "saliency":
+            return SaliencyConfig((*(shapes[f"downsampler.{n}.weight"][0] for n in (1, 5, 9)),
+                                   shapes["residual.1.weight"][0]))  # fmt: skip
+        if part == "pidinet":
+            return PiDiNetConfig(shapes["init_block.weight"][0], shapes["dilations.0.conv1.weight"][0])
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"The names in the file look like {part}, but make no network of it (first trouble at {error})."
@@ -200,3 +211,26 @@ def _semantic(shapes: Shapes) -> SemanticConfig:
 def _previewer(shapes: Shapes) -> PreviewerConfig:
     width, latent = shapes["blocks.0.weight"][:2]
     return PreviewerConfig(latent, width, shapes["blocks.24.weight"][0])
+
+
+def _controlnet(shapes: Shapes) -> ControlNetConfig:
+    """The encoder is told by its names; the list of blocks, which no official file holds, by its length."""
+    count = sum(1 for name in shapes if name.startswith("projections.") and name.endswith(".2.weight"))
+    width, features = shapes["projections.0.2.weight"][:2]
+    blocks = PUBLISHED_BLOCKS if count == len(PUBLISHED_BLOCKS) else tuple(range(count))
+    if "backbone.0.0.weight" in shapes:
+        stem, channels = shapes["backbone.0.0.weight"][:2]
+        known = (size for size in SEMANTIC.values() if (size.stem, size.features) == (stem, features))
+        encoder = next(known, SEMANTIC["full"])
+        return ControlNetConfig(
+            channels, "effnet", blocks, width, encoder.features, encoder.stem, encoder.stages
+        )
+    first, channels = shapes["backbone.0.weight"][:2]
+    deep = sum(1 for name in shapes if name.endswith(".blocks.0.weight"))
+    if not deep:
+        preset = PUBLISHED_CONTROLNETS["identity"]
+        return dataclasses.replace(preset, channels=channels, blocks=blocks, width=width)
+    hidden = shapes["backbone.2.weight"][0]
+    return ControlNetConfig(
+        channels, "large", blocks, width, features, first_width=first, hidden=hidden, residual_blocks=deep
+    )

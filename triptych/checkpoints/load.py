@@ -28,6 +28,9 @@ from triptych.checkpoints.keys import converted_shapes, names_from_layout, split
 from triptych.checkpoints.precision import repair_float16
 from triptych.checkpoints.sniff import Sniffed
 from triptych.errors import CheckpointError
+from triptych.models.controlnet import PUBLISHED_CONTROLNETS, ControlNet, ControlNetConfig
+from triptych.models.pidinet import PiDiNet, PiDiNetConfig
+from triptych.models.saliency import Saliency, SaliencyConfig
 from triptych.models.semantic import (
     PREVIEWER,
     SEMANTIC,
@@ -46,6 +49,9 @@ NETWORKS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "stage_c": (StageC, StageCConfig),
     "semantic": (SemanticEncoder, SemanticConfig),
     "previewer": (Previewer, PreviewerConfig),
+    "controlnet": (ControlNet, ControlNetConfig),
+    "saliency": (Saliency, SaliencyConfig),
+    "pidinet": (PiDiNet, PiDiNetConfig),
 }
 SIZES: dict[str, Mapping[str, Any]] = {
     "stage_a": STAGE_A,
@@ -53,8 +59,21 @@ SIZES: dict[str, Mapping[str, Any]] = {
     "stage_c": STAGE_C,
     "semantic": SEMANTIC,
     "previewer": PREVIEWER,
+    "controlnet": PUBLISHED_CONTROLNETS,
+    "saliency": {},
+    "pidinet": {},
 }
-PUBLISHED_SIZES = ("3.6b", "1b", "1.5b", "700m", "full")  # weights of these sizes are Stability's
+PUBLISHED_SIZES = (
+    "3.6b",
+    "1b",
+    "1.5b",
+    "700m",
+    "full",
+    *PUBLISHED_CONTROLNETS,
+)  # weights of these sizes are Stability's
+HINT_OF_CHANNELS = {
+    1: "canny", 3: "pixel_super_resolution", 4: "inpainting", 16: "super_resolution", 512: "identity"
+}  # fmt: skip  # of ControlNet files that do not say what they were trained on
 LEFTOVER_SCALE = 0.3764  # Würstchen v2's, still in the hub's Cascade folders, where 0.43 is right
 # Configuration fields that say how many layers there are.
 LAYER_COUNTS = (
@@ -65,6 +84,7 @@ LAYER_COUNTS = (
     "down_repeats",
     "up_repeats",
     "patterns",
+    "residual_blocks",
 )
 MARGIN = 64
 NARROW_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -154,7 +174,10 @@ def _describe(header: Header, part: str, shapes: Mapping[str, tuple[int, ...]]) 
     stored = stored if stored is not None and stored.part == part else None
     config = _config(header, stored, part, shapes)
     name = next((name for name, preset in SIZES[part].items() if preset == config), None)
-    info = stored or PartInfo(part, settings=dict(PUBLISHED_SETTINGS.get(part, {})))
+    settings = dict(PUBLISHED_SETTINGS.get(part, {}))
+    if part == "controlnet":
+        settings = {"hint": HINT_OF_CHANNELS.get(config.channels, "unknown")}
+    info = stored or PartInfo(part, settings=settings)
     if stored is None and name in PUBLISHED_SIZES:
         info = dataclasses.replace(info, licence=PUBLISHED_LICENCE, notice=PUBLISHED_NOTICE)
     return config, dataclasses.replace(info, part=part, config=config_fields(config), size=name or info.size)
@@ -246,6 +269,8 @@ def _check_counts(config: Mapping[str, Any], num_tensors: int) -> None:
         numbers = [n for n in _numbers(config.get(name, 0)) if n > 0]
         if sum(numbers) > num_tensors + MARGIN:
             raise ValueError(f"{name} asks for more layers than there are tensors")
+    if isinstance(config.get("blocks"), list) and len(config["blocks"]) > num_tensors:
+        raise ValueError("blocks are more than there are tensors")
     if sum(stage[-1] for stage in config.get("stages", ())) > num_tensors:
         raise ValueError("stages ask for more layers than there are tensors")
 

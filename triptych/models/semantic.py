@@ -8,6 +8,7 @@ they are trained. Parameter names are the official ones; the backbone's are torc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -125,23 +126,29 @@ class ConvBlock(nn.Module):
         return h + x
 
 
+def build_backbone(
+    stem: int, stages: Sequence[Stage], features: int, stochastic_depth: float = 0.0
+) -> nn.Sequential:
+    """The feature stack: RGB -> (B,features,H/32,W/32). Stage by stage as torchvision numbers it."""
+    layers: list[nn.Module] = [_conv_norm(3, stem, 3, stride=2)]
+    width, block, blocks = stem, 0, sum(stage.layers for stage in stages)
+    for stage in stages:
+        run: list[nn.Module] = []
+        for layer in range(stage.layers):
+            drop = stochastic_depth * block / blocks
+            run.append(ConvBlock(stage, width, stage.stride if layer == 0 else 1, drop))
+            width, block = stage.width, block + 1
+        layers.append(nn.Sequential(*run))
+    return nn.Sequential(*layers, _conv_norm(width, features, 1))
+
+
 class SemanticEncoder(nn.Module):
     """Pixels (B,3,H,W) in [0,1] -> latents_c (B,16,H/32,W/32); sides should be multiples of 32."""
 
     def __init__(self, config: SemanticConfig) -> None:
         super().__init__()
         self.config = config
-        stages: list[nn.Module] = [_conv_norm(3, config.stem, 3, stride=2)]
-        width, block, blocks = config.stem, 0, sum(stage.layers for stage in config.stages)
-        for stage in config.stages:
-            layers: list[nn.Module] = []
-            for layer in range(stage.layers):
-                drop = config.stochastic_depth * block / blocks
-                layers.append(ConvBlock(stage, width, stage.stride if layer == 0 else 1, drop))
-                width, block = stage.width, block + 1
-            stages.append(nn.Sequential(*layers))
-        stages.append(_conv_norm(width, config.features, 1))
-        self.backbone = nn.Sequential(*stages)
+        self.backbone = build_backbone(config.stem, config.stages, config.features, config.stochastic_depth)
         self.mapper = nn.Sequential(
             nn.Conv2d(config.features, config.latent_channels, 1, bias=False),
             nn.BatchNorm2d(config.latent_channels, affine=False),
