@@ -29,8 +29,10 @@ class Estimate:
     count: int
 
 
-def wilson(successes: int, trials: int) -> Estimate:
+def wilson(successes: float, trials: int) -> Estimate:
     """A share and its Wilson interval [Wilson 1927], sound for few trials and for shares near 0 and 1.
+
+    `successes` may count halves, such as ties.
 
     >>> round(wilson(50, 100).low, 3)
     0.404
