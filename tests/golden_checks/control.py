@@ -8,8 +8,19 @@ import torch
 from golden_checks.semantic import formula_weights
 from torch import Tensor
 
+from triptych.conditioning.faces import Face, identity_map
+from triptych.conditioning.hints import (
+    canny_hint,
+    inpainting_hint,
+    pixel_super_resolution_hint,
+    shrunk,
+    super_resolution_hint,
+)
+from triptych.conditioning.masks import saliency_mask, smart_crop
 from triptych.models.controlnet import ControlNet, ControlNetConfig
 from triptych.models.pidinet import PiDiNet, PiDiNetConfig
+from triptych.models.saliency import Saliency, SaliencyConfig, shrink
+from triptych.models.semantic import SEMANTIC, SemanticEncoder
 
 
 @torch.no_grad()
@@ -66,4 +77,57 @@ def check_pidinet(golden: Any) -> dict[str, Tensor]:
     return {f"out.side_{number}": side for number, side in enumerate(sides, 1)} | {"out.edges": fused}
 
 
-CHECKS = {"controlnet_small": check_small, "controlnet_effnet": check_effnet, "pidinet": check_pidinet}
+def mostly(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """A pair that is equal when at most 0.5 % of the pixels differ, as the recording's notes allow."""
+    differ = ((got - expected).abs() > 2e-3).float().mean() > 0.005
+    return differ.float(), torch.zeros(())
+
+
+@torch.no_grad()
+def check_hints(golden: Any) -> dict[str, Any]:
+    """Edges, masks, saliency, the small picture's latents, smart crops."""
+    pixels, threshold = golden["in.pixels"], golden.config["threshold"]
+    network = Saliency(SaliencyConfig())
+    network.load_state_dict(golden.under("w.saliency."))
+    saliency = network(pixels)
+    inside, outside = (saliency_mask(pixels, threshold, turned, network) for turned in (False, True))
+    encoder = SemanticEncoder(SEMANTIC["full"]).eval()
+    shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    statistics = golden.sibling("effnet_encoder").under("w.")
+    encoder.load_state_dict(formula_weights(golden.config["encoder_seed"], shapes) | statistics)
+    large = golden["in.super_resolution.pixels"]
+    latents = super_resolution_hint(encoder(shrunk(large, 2)))
+    out: dict[str, Any] = {
+        "out.saliency": saliency,
+        "out.saliency_input": shrink(pixels)[..., ::4, ::4],
+        "out.canny": mostly(canny_hint(pixels), golden["out.canny"]),
+        "out.canny_no_resize": mostly(canny_hint(pixels, side=None), golden["out.canny_no_resize"]),
+        "out.inpaint": mostly(inpainting_hint(pixels, inside), golden["out.inpaint"]),
+        "out.outpaint_mask": mostly(outside, golden["out.outpaint_mask"].float()),
+        "out.inpaint_given_mask": inpainting_hint(pixels, golden["in.mask"].float())[..., ::2, ::2],
+        "out.pixel_super_resolution": pixel_super_resolution_hint(shrunk(pixels, 4), pixels.shape[-2:]),
+        "out.super_resolution.latents": latents,
+        "out.super_resolution.preview": pixel_super_resolution_hint(shrunk(large, 2), large.shape[-2:]),
+    }
+    for name, size in golden.config["smart_crop_sizes"].items():
+        out[f"out.smart_crop.{name}"] = smart_crop(pixels[0], tuple(size), saliency[0, 0])
+    return out
+
+
+def check_identity(golden: Any) -> dict[str, Tensor]:
+    """Maps of given faces."""
+    maps = []
+    for picture in range(2):
+        boxes, vectors = golden[f"in.boxes.{picture}"].tolist(), golden[f"in.vectors.{picture}"]
+        faces = [Face(tuple(box), vector) for box, vector in zip(boxes, vectors, strict=True)]
+        maps.append(identity_map(golden["in.pixels_size"].tolist(), faces))
+    return {"out.map": torch.stack(maps)}
+
+
+CHECKS = {
+    "controlnet_small": check_small,
+    "controlnet_effnet": check_effnet,
+    "pidinet": check_pidinet,
+    "hints": check_hints,
+    "hint_identity": check_identity,
+}
