@@ -6,10 +6,10 @@ first window. No attention mask reaches Stage C, so all prompts of one call get 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from triptych.conditioning.tokenizer import Tokenizer, Window
 from triptych.conditioning.towers import load_image_tower, load_minilm_tower, load_text_tower
+from triptych.models.lora import TokenTable
 
 
 class TextTower(Protocol):
@@ -28,6 +29,8 @@ class TextTower(Protocol):
     def __call__(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def token_table(self) -> tuple[nn.Module, str]: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,37 @@ class TextEncoder:
         """How many windows `prompt` fills; at least one."""
         return self.tokenizer.count_windows(prompt)
 
+    def learn(self, tokens: Mapping[str, Tensor]) -> TokenTable | None:
+        """Know the names in `tokens`, each standing for its vectors (n, token width), and forget others.
+
+        A name may be any text, usually in brackets: it is looked for in prompts as it is written. Returns the
+        table whose `vectors` they now are, in the order of `tokens`; None for no tokens.
+        """
+        owner, name = self.tower.token_table()
+        table = owner.get_submodule(name)
+        table = table.table if isinstance(table, TokenTable) else table
+        first = len(cast(Tensor, table.weight))
+        self.tokenizer.learned = {}
+        for token, vectors in tokens.items():
+            self.tokenizer.learned[token] = tuple(range(first, first + len(vectors)))
+            first += len(vectors)
+        learned = None
+        if tokens:
+            weight = cast(Tensor, table.weight)
+            vectors = torch.cat([*tokens.values()]).to(weight.device, torch.float32)
+            ids = torch.arange(first - len(vectors), first, device=weight.device)
+            learned = TokenTable(table, ids, vectors)
+        setattr(owner, name, learned or table)
+        return learned
+
+    def token_vectors(self, text: str) -> Tensor:
+        """The tower's own vectors (n, token width) of the tokens of `text`, float32."""
+        owner, name = self.tower.token_table()
+        table = owner.get_submodule(name)
+        ids = torch.tensor([self.tokenizer.ids(text)], device=next(self.tower.parameters()).device)
+        with torch.no_grad():
+            return cast(Tensor, table(ids)[0].float())
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], windows: int | None = None) -> tuple[Tensor, Tensor]:
         """`text_hidden` (B, windows * window, width) and `text_pooled` (B, Wp), float32, on its device.
@@ -87,6 +121,12 @@ class TextEncoder:
         Each prompt is continued with windows of the empty prompt up to the longest of the call, or up to
         `windows` where that is more (so that a prompt and its negative can be made equally long).
         """
+        return self.encode_with_gradient(prompts, windows)
+
+    def encode_with_gradient(
+        self, prompts: Sequence[str], windows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `encode`, for training what the tower reads (learned tokens, say)."""
         rows = [self.tokenizer.windows(prompt) for prompt in prompts]
         count = max(windows or 1, *map(len, rows))
         empty = self.tokenizer.windows("")

@@ -8,6 +8,7 @@ tokens are ordinary characters.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Tokenizer:
         self.words = words
         self.window = window
         self.start, self.end, self.pad = (self._known(token) for token in (start, end, pad))
+        self.learned: dict[str, tuple[int, ...]] = {}  # a name such as [mydog] -> the tokens it stands for
 
     def _known(self, token: str) -> int:
         number = self.words.token_to_id(token)
@@ -57,7 +59,16 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         """The tokens of `text` alone, without start, end and padding. A broken surrogate reads as "?"."""
         whole = text.encode("utf-8", "replace").decode("utf-8")
-        return list(self.words.encode(whole, add_special_tokens=False).ids)
+        if not self.learned:
+            return self._plain_ids(whole)
+        names = "|".join(re.escape(name) for name in sorted(self.learned, key=len, reverse=True))
+        ids: list[int] = []
+        for piece in re.split(f"({names})", whole):
+            ids += self.learned.get(piece) or self._plain_ids(piece)
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.words.encode(text, add_special_tokens=False).ids)
 
     def count_windows(self, text: str) -> int:
         """How many windows `text` fills; at least one."""

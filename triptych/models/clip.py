@@ -34,6 +34,10 @@ class ClipText(nn.Module):
         self.vocabulary = int(self.network.config.vocab_size)
         self.positions = int(self.network.config.max_position_embeddings)
 
+    def token_table(self) -> tuple[nn.Module, str]:
+        """The module that holds the token vectors, and its name there, for learned tokens."""
+        return self.network.text_model.embeddings, "token_embedding"
+
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`text_hidden` (B, n, width) and `text_pooled` (B, projection) of `ids` and `mask` (B, n).
 

@@ -81,6 +81,10 @@ class MiniLM(nn.Module):
         """Width of the hidden states and of the pooled vector."""
         return self.config.width
 
+    def token_table(self) -> tuple[nn.Module, str]:
+        """The module that holds the token vectors, and its name there, for learned tokens."""
+        return self, "tokens"
+
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states (B, n, width) of `ids` (B, n); `mask` (B, n) is True at real tokens.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.checkpoints.catalog import ModelFiles
 from triptych.checkpoints.files import check_finite, read_tensors
@@ -21,12 +21,16 @@ from triptych.checkpoints.sniff import PART_NAMES
 from triptych.conditioning.encode import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from triptych.conditioning.towers import file_names, weight_file
 from triptych.errors import CapacityError, CheckpointError
+from triptych.models.lora import merge, merged, set_weight
+from triptych.pipelines.adapters import ADAPTED, Adapters, Wardrobe, split_scale, stack
 from triptych.pipelines.placement import Placement, Weights, place
 from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_c
 
 ALLOCATORS_SAY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 # Stage A and the previewer make pixels, where bfloat16 would show as banding; encoders run once a request.
 FLOAT32_PARTS = ("stage_a", "previewer", "semantic", "image_encoder")
+
+TOKEN_TABLES = ("tokens.weight", "token_embedding.weight")  # of our small tower, and of CLIP's
 
 
 class Parts:
@@ -42,6 +46,10 @@ class Parts:
         self._loaded: dict[str, Any] = {}
         self._described: dict[str, PartInfo] = {}
         self._checked: set[str] = set()  # parts whose numbers were all looked at once
+        self._wardrobe = Wardrobe()
+        self._worn = Adapters()
+        self._untouched: dict[str, dict[str, Tensor]] = {}  # weights as the file maps them, by part and name
+        self._resident: set[str] = set()  # parts whose weights can be exchanged one by one
 
     def path(self, part: str) -> Path:
         """Where a part's weights are. Raises CheckpointError when this model has none."""
@@ -70,6 +78,38 @@ class Parts:
         """Shapes of a part's tensors, from its header; of a tower, of everything in its file."""
         header, sniffed = identify(self.header(part).path)
         return dict(header.shapes) if part == "text_encoder" else layout_shapes(header, sniffed, part)
+
+    def wear(self, loras: Sequence[str]) -> None:
+        """From now on wear these LoRA files ("FILE" or "FILE:SCALE"), in place of those worn before.
+
+        Loaded weights are computed anew from the untouched ones, which stay mapped; where the file's numbers
+        are rescaled or streamed, the part is mapped again at its next turn. Raises CheckpointError for files
+        that do not fit this model.
+        """
+        wanted = Adapters()
+        if loras:
+            shapes = {part: self.shapes(part) for part in ADAPTED}
+            chosen = [split_scale(text) for text in loras]
+            read = [(path, scale, self._wardrobe.get(path, shapes)) for path, scale in chosen]
+            wanted = stack(read, token_width(shapes["text_encoder"]))
+        before, self._worn = self._worn, wanted
+        for part in ADAPTED:
+            if part in self._loaded and not before.alike(wanted, part):
+                self._change(part, before.targets(part) | wanted.targets(part))
+        if "text_encoder" in self._loaded:
+            self._loaded["text_encoder"].learn(wanted.tokens)
+
+    def _change(self, part: str, names: set[str]) -> None:
+        """Bring the weights `names` of a loaded part up to date with what is worn."""
+        if part not in self._resident:
+            self.release(part)
+            return
+        changes = self._worn.changes.get(part, [])
+        for name in names:
+            weight = self._untouched[part][name]
+            own = [(change, scale) for change, scale in changes if f"{change.target}.weight" == name]
+            new = merged(weight, own) if own else weight
+            set_weight(self._loaded[part], name, new.to(self.device, self.dtype))
 
     @contextmanager
     def turn(self, part: str) -> Iterator[Any]:
@@ -100,6 +140,8 @@ class Parts:
         """Let go of the named parts, or of all of them."""
         for part in parts or tuple(self._loaded):
             self._loaded.pop(part, None)
+            self._untouched.pop(part, None)
+            self._resident.discard(part)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif self.device.type == "mps":
@@ -122,13 +164,24 @@ class Parts:
             tower = cast(nn.Module, encoder.tower)
             if first:
                 check_finite(file_names(tower), weight_file(self.path(part), part))
+            if isinstance(encoder, TextEncoder):
+                merge(getattr(tower, "network", tower), self._worn.changes.get(part, []), dtype)
             place(tower, placement)
+            if isinstance(encoder, TextEncoder):
+                encoder.learn(self._worn.tokens)
             self._checked.add(part)
             return encoder
         network, _ = load_part(self.path(part), part, finite=first)
         self._checked.add(part)
+        if part in ADAPTED:
+            self._untouched[part] = {name: weight.detach() for name, weight in network.named_parameters()}
+            if placement.weights == "resident" and dtype != torch.float16:
+                self._resident.add(part)
+            merge(network, self._worn.changes.get(part, []), dtype)
         if dtype == torch.float16:
-            repair_float16(network)  # before placing: it reads the weights as the file has them
+            repair_float16(
+                network
+            )  # after merging and before placing: it reads the weights as they are stored
         return place(network, placement)
 
     def blame(self, part: str) -> CheckpointError:
@@ -139,6 +192,12 @@ class Parts:
             f"{part} of {self.files.name} computed numbers that are not finite in {self.dtype}, although its "
             "weights are; try --dtype float32."
         )
+
+
+def token_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers the token vectors of a text tower have, from the shapes in its file."""
+    tables = [shape for name, shape in shapes.items() if name.endswith(TOKEN_TABLES) and len(shape) == 2]
+    return tables[0][1] if tables else 0
 
 
 @contextmanager

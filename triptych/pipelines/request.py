@@ -105,6 +105,9 @@ class Request(BaseModel):
     stage_b: str | None = Field(None, description="Another Stage B: a size or a file.")
     stage_c: str | None = Field(None, description="Another Stage C: a size or a file.")
     text_encoder: str | None = Field(None, description="Another text tower: a file or folder.")
+    lora: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="LoRA files to wear, each FILE or FILE:SCALE; they add up."
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="Where to compute.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Precision.")
     low_memory: bool = Field(False, description="Keep one stage in memory at a time, its weights on disk.")

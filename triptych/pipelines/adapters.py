@@ -1,0 +1,91 @@
+"""The LoRA files that a cascade wears: read once, checked against its networks, stacked by part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from triptych.checkpoints.lora import Lora, read_lora
+from triptych.errors import CheckpointError, RequestError
+from triptych.models.lora import Change
+
+ADAPTED = ("stage_c", "stage_b", "text_encoder")  # parts that a LoRA file can change
+NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Changes by part with their strengths, and learned tokens by name (n, width)."""
+
+    changes: Mapping[str, list[tuple[Change, float]]] = field(default_factory=dict)
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def targets(self, part: str) -> set[str]:
+        """The weights of a part that these change."""
+        return {f"{change.target}.weight" for change, strength in self.changes.get(part, []) if strength}
+
+    def alike(self, other: Adapters, part: str) -> bool:
+        """Whether both change a part in the same way (the same files at the same strengths)."""
+        mine, theirs = self.changes.get(part, []), other.changes.get(part, [])
+        return [(id(change), scale) for change, scale in mine] == [
+            (id(change), scale) for change, scale in theirs
+        ]
+
+
+def split_scale(text: str) -> tuple[Path, float]:
+    """ "FILE" or "FILE:SCALE" as a path and a strength, 1 when none is given.
+
+    >>> split_scale("dog.safetensors:0.5")
+    (PosixPath('dog.safetensors'), 0.5)
+    """
+    found = re.fullmatch(rf"(.+):({NUMBER})", text)
+    return (Path(found[1]), float(found[2])) if found else (Path(text), 1.0)
+
+
+def stack(loras: Sequence[tuple[Path, float, Lora]], token_width: int) -> Adapters:
+    """Several files as one. `token_width` is the width of the text tower's token vectors.
+
+    Raises CheckpointError for tokens of another text tower or without a name, RequestError when two files
+    teach different tokens of one name.
+    """
+    changes: dict[str, list[tuple[Change, float]]] = {}
+    tokens: dict[str, Tensor] = {}
+    for path, strength, lora in loras:
+        if lora.offsets is not None:
+            raise CheckpointError(
+                f"{path} teaches {len(lora.offsets.indices)} tokens whose names are not in the file; "
+                f"`triptych lora convert {path} NEW.safetensors --token '[name]=word'` writes one that has them."
+            )
+        for part, own in lora.changes.items():
+            changes.setdefault(part, []).extend((change, strength) for change in own)
+        for name, vectors in lora.tokens.items():
+            if vectors.shape[-1] != token_width:
+                raise CheckpointError(
+                    f"{path} teaches {name} to a text tower whose tokens have {vectors.shape[-1]} numbers; "
+                    f"this model's have {token_width}: it was made for another model."
+                )
+            if name in tokens and not torch.equal(tokens[name], vectors):
+                raise RequestError(f"Two of the LoRA files teach different things called {name}; use one.")
+            tokens[name] = vectors
+    return Adapters(changes, tokens)
+
+
+class Wardrobe:
+    """LoRA files read before, so that another scale costs no reading. A file written anew is read anew."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[Path, int], Lora] = {}
+
+    def get(self, path: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Lora:
+        """The file at `path`. Raises CheckpointError as `read_lora` does."""
+        if not path.is_file():
+            raise CheckpointError(f"There is no LoRA file {path}.")
+        mark = (path.resolve(), path.stat().st_mtime_ns)
+        if mark not in self._read:
+            self._read[mark] = read_lora(path, shapes)
+        return self._read[mark]
