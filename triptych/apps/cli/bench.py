@@ -1,0 +1,121 @@
+"""`triptych bench`: our network and sampling loop against diffusers', measured in one run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from triptych.errors import RequestError
+
+if TYPE_CHECKING:
+    from triptych.evaluation.bench import Bench, Measured
+
+HELP = """Measure speed against diffusers: same weights, inputs, precision and threads, in turn.
+
+Examples:
+
+  triptych bench --quick
+
+  triptych bench --json > bench.json
+
+  triptych bench --compiled --full
+
+Networks have random weights at full size (1B and 700M), so nothing is downloaded. A ratio of 1.2 means that
+diffusers takes 1.2 times as long; the floor is the matrix products and attention alone. --quick lowers the
+depth of the networks, --full runs every step of the pipeline. Needs diffusers (the extra `test`).
+"""
+
+QUICK_SIDE = 512
+
+
+def bench(
+    quick: Annotated[
+        bool, Option("--quick", help="Fewer blocks and smaller pictures: minutes less.")
+    ] = False,
+    full: Annotated[bool, Option("--full", help="All 20 and 10 steps, not two of each.")] = False,
+    compiled: Annotated[bool, Option("--compiled", help="Also diffusers under torch.compile.")] = False,
+    repeats: Annotated[int, Option(min=1, help="Steps of each contender that are counted.")] = 2,
+    size: Annotated[int | None, Option(min=128, help="Side of the picture. [1024]")] = None,
+    no_loading: Annotated[bool, Option("--no-loading", help="Leave loading out: it writes 4 GB.")] = False,
+    device: Annotated[str, Option(help="auto, cuda, cuda:1, mps or cpu.")] = "auto",
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int | None, Option(min=1, help="Threads of the processor. [all]")] = None,
+    markdown: Annotated[bool, Option("--markdown", help="Print the table of docs/performance.md.")] = False,
+    json_output: Annotated[bool, Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    if quick and full:
+        raise RequestError("--quick and --full ask for opposite things; choose one.")
+    from triptych.evaluation.bench import Plan, run_bench, use_threads
+    from triptych.pipelines.placement import choose_device, choose_dtype
+
+    where = choose_device(device)
+    side = size or (QUICK_SIDE if quick else 1024)
+    if side % 128:
+        raise RequestError(f"A side of {side} pixels cannot be measured; take a multiple of 128.")
+    plan = Plan(side, repeats, reduced=quick, whole=full, compiled=compiled, loading=not no_loading)
+    with use_threads(threads):
+        result = run_bench(
+            plan, where, choose_dtype(dtype, where), lambda text: print(text, file=sys.stderr, flush=True)
+        )
+    if json_output:
+        typer.echo(json.dumps(result.as_json(), indent=1))
+    elif markdown:
+        typer.echo(table(result))
+    else:
+        show(result)
+
+
+COLUMNS = ("what", "triptych", "diffusers", "ratio", "floor", "above the floor", "outputs differ by")
+
+
+def cells(name: str, case: Measured) -> list[str]:
+    ours, theirs = case.seconds["triptych"], case.seconds["diffusers"]
+    spread = max(case.spread["triptych"], case.spread["diffusers"])
+    return [
+        name.replace("_", " "),
+        f"{ours:.3g} s",
+        f"{theirs:.3g} s",
+        f"{case.ratio():.2f} (spread {spread:.0%})",
+        f"{case.floor:.3g} s" if case.floor else "",
+        f"{case.above_floor():.2f}" if case.floor else "",
+        f"{case.difference:.1e}" if case.difference else "",
+    ]
+
+
+def table(result: Bench) -> str:
+    """The result as a Markdown table with the machine above it."""
+    lines = [
+        f"{result.machine['processor']}, {result.threads} threads, {result.dtype} on {result.device}, "
+        f"torch {result.machine['torch']}; {describe(result)}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    lines += ["| " + " | ".join(cells(name, case)) + " |" for name, case in result.cases.items()]
+    return "\n".join(lines)
+
+
+def describe(result: Bench) -> str:
+    depth = "at reduced depth" if result.plan.reduced else "whole"
+    side = result.plan.side
+    return f"Stage C {result.plan.stage_c} and Stage B {result.plan.stage_b}, {depth}, {side}x{side}"
+
+
+def show(result: Bench) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*COLUMNS, caption=f"{describe(result)}; peak memory {result.peak_bytes / 2**30:.1f} GiB")
+    for name, case in result.cases.items():
+        shown.add_row(*cells(name, case))
+    for name, case in result.cases.items():
+        if "diffusers compiled" in case.seconds:
+            seconds = case.seconds["diffusers compiled"]
+            shown.add_row(
+                f"{name} compiled", "", f"{seconds:.3g} s", f"{seconds / case.seconds['triptych']:.2f}"
+            )
+    Console().print(shown)

@@ -1,0 +1,408 @@
+"""Our network and sampling loop against diffusers': same weights, inputs, precision and threads, in turn.
+
+A contender is a function that does one step of a stage. Contenders take turns, so a slow moment of the
+machine meets all of them, and their outputs are compared in the same run. Times are medians; ratios are
+theirs over ours, so larger is better for us. The floor (see floor.py) is measured in between.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triptych.checkpoints.convert import convert_file, layout_tensors
+from triptych.checkpoints.diffusers_config import model_config
+from triptych.checkpoints.files import PartInfo, write_part
+from triptych.checkpoints.load import config_fields, load_part
+from triptych.diffusion.denoiser import Branch, Denoiser, Guidance
+from triptych.diffusion.samplers import sample_ddpm
+from triptych.diffusion.schedule import Schedule
+from triptych.errors import MissingExtra
+from triptych.evaluation.floor import record_products, time_products
+from triptych.models.stage_a import STAGE_A, StageA
+from triptych.models.stage_b import STAGE_B, StageB, StageBConfig
+from triptych.models.stage_c import STAGE_C, StageC, StageCConfig
+
+STEPS_C, STEPS_B = 20, 10  # of the pipeline that is put together from steps
+GUIDANCE = 4.0
+TEXT_TOKENS = 77
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. `reduced` keeps widths and lowers depth; `whole` runs every step of the pipeline."""
+
+    side: int = 1024
+    repeats: int = 2
+    reduced: bool = False
+    whole: bool = False
+    compiled: bool = False
+    loading: bool = True
+    stage_c: str = "1b"
+    stage_b: str = "700m"
+
+
+@dataclass
+class Measured:
+    """One case. Seconds are medians by contender; `difference` is the largest between outputs, relative to
+    the largest output."""
+
+    seconds: dict[str, float]
+    spread: dict[str, float]  # (largest - smallest) / median
+    floor: float = 0.0
+    difference: float = 0.0
+
+    def ratio(self) -> float:
+        return self.seconds["diffusers"] / self.seconds["triptych"]
+
+    def above_floor(self) -> float:
+        """Their time above the floor over ours; 1 where neither is measurably above it."""
+        ours = self.seconds["triptych"] - self.floor
+        theirs = self.seconds["diffusers"] - self.floor
+        return max(theirs, 0.0) / ours if ours > 0 else 1.0
+
+
+@dataclass
+class Bench:
+    """The result of a run; `as_json` is what `--json` prints."""
+
+    cases: dict[str, Measured]
+    plan: Plan
+    device: str
+    dtype: str
+    threads: int
+    peak_bytes: int
+    machine: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ratios": {name: case.ratio() for name, case in self.cases.items()},
+            "above_floor": {name: case.above_floor() for name, case in self.cases.items() if case.floor},
+            "seconds": {name: case.seconds for name, case in self.cases.items()},
+            "spread": {name: case.spread for name, case in self.cases.items()},
+            "floor": {name: case.floor for name, case in self.cases.items() if case.floor},
+            "difference": {name: case.difference for name, case in self.cases.items()},
+            "peak_memory": self.peak_bytes,
+            "machine": self.machine,
+            "device": self.device,
+            "precision": self.dtype,
+            "threads": self.threads,
+            "plan": asdict(self.plan),
+        }
+
+
+def run_bench(plan: Plan, device: torch.device, dtype: torch.dtype, progress: Progress = print) -> Bench:
+    """Measure everything that `plan` names. Raises MissingExtra without diffusers."""
+    cases: dict[str, Measured] = {}
+    torch.manual_seed(0)
+    for name, bench in (("stage_c_step", bench_stage_c), ("stage_b_step", bench_stage_b)):
+        progress(f"{name}: building {plan.stage_c if name == 'stage_c_step' else plan.stage_b}")
+        cases[name] = bench(plan, device, dtype, progress)
+        gc.collect()
+    progress("stage_a_decode")
+    cases["stage_a_decode"] = bench_stage_a(plan, device)
+    cases["pipeline"] = compose(cases)
+    if plan.loading:
+        progress("loading")
+        cases["loading"] = bench_loading(plan, dtype)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    machine = {"processor": processor(device), "system": platform.system(), "torch": torch.__version__}
+    return Bench(
+        cases, plan, str(device), str(dtype).removeprefix("torch."), torch.get_num_threads(), peak, machine
+    )
+
+
+def stage_c_config(plan: Plan) -> StageCConfig:
+    config = STAGE_C[plan.stage_c]
+    return replace(config, down_blocks=(1, 2), up_blocks=(2, 1)) if plan.reduced else config
+
+
+def stage_b_config(plan: Plan) -> StageBConfig:
+    config = STAGE_B[plan.stage_b]
+    fewer = replace(config, down_blocks=(1, 1, 2, 1), up_blocks=(1, 2, 1, 1), up_repeats=(1, 1, 1, 1))
+    return fewer if plan.reduced else config
+
+
+def bench_stage_c(plan: Plan, device: torch.device, dtype: torch.dtype, progress: Progress) -> Measured:
+    """Guided steps of Stage C: two branches in one batch, guidance, the sampler's arithmetic."""
+    config = stage_c_config(plan)
+    side = plan.side * 3 // 128  # 42.67 pixels per latent
+    cond = {
+        "text_hidden": torch.randn(2, TEXT_TOKENS, config.text_width, device=device, dtype=dtype),
+        "text_pooled": torch.randn(2, 1, config.pooled_width, device=device, dtype=dtype),
+        "image_embed": torch.zeros(2, 1, config.image_width, device=device, dtype=dtype),
+    }
+    x = torch.randn(1, config.channels, side, side, device=device)
+    return bench_network(plan, "stage_c", StageC, config, x, cond, progress, dtype, STEPS_C)
+
+
+def bench_stage_b(plan: Plan, device: torch.device, dtype: torch.dtype, progress: Progress) -> Measured:
+    """Steps of Stage B without guidance, diffusers' default for its decoder."""
+    config = stage_b_config(plan)
+    side = plan.side * 3 // 128
+    cond = {
+        "semantic": torch.randn(1, config.semantic_channels, side, side, device=device, dtype=dtype),
+        "text_pooled": torch.randn(1, 1, config.pooled_width, device=device, dtype=dtype),
+    }
+    x = torch.randn(1, config.channels, plan.side // 4, plan.side // 4, device=device)
+    return bench_network(plan, "stage_b", StageB, config, x, cond, progress, dtype, STEPS_B)
+
+
+def bench_network(
+    plan: Plan, part: str, build: Any, config: Any, x: Tensor, cond: dict[str, Tensor],
+    progress: Progress, dtype: torch.dtype, steps: int,
+) -> Measured:  # fmt: skip
+    """One stage, ours and theirs on the same weights (theirs are views of ours: one copy in memory)."""
+    ours = random_network(build, config, x.device, dtype)
+    theirs = build_theirs(import_theirs().unet, ours, part)
+    branches = len(cond["text_pooled"])
+    told = torch.full((branches,), 0.7, device=x.device)
+    doubled = torch.cat([x] * branches).to(dtype)
+    with torch.no_grad():
+        answer = ours(doubled, told, **cond)
+        difference = compare(answer, theirs(**their_names({"x": doubled, "t": told, **cond})).sample)
+    contenders = {
+        "triptych": our_steps(ours, x, cond, dtype, steps),
+        "diffusers": their_steps(theirs, x, cond, dtype, steps),
+    }
+    if plan.compiled:
+        progress(f"{part}: compiling diffusers' network")
+        compiled: Any = torch.compile(theirs)
+        contenders["diffusers compiled"] = their_steps(compiled, x, cond, dtype, steps)
+        next(contenders["diffusers compiled"])
+    progress(f"{part}: measuring")
+    measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device)
+    products = record_products(lambda: ours(doubled, told, **cond))
+    measured.floor = time_products(products, lambda: synchronise(x.device))
+    measured.difference = difference
+    return measured
+
+
+def our_steps(
+    network: nn.Module, x: Tensor, cond: dict[str, Tensor], dtype: torch.dtype, steps: int
+) -> Iterator[Any]:
+    def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
+        count = len(branches)
+        return network(torch.cat([x] * count).to(dtype), torch.cat([t] * count), **cond).float().chunk(count)
+
+    guided = len(cond["text_pooled"]) == 2
+    denoise = Denoiser(predict, Schedule(), "eps", Guidance(GUIDANCE, rescale=0.0) if guided else None)
+    while True:
+        yield from sample_ddpm(denoise, x, *Schedule().grid(steps), lambda index: torch.randn_like(x))
+
+
+def their_steps(
+    network: nn.Module, x: Tensor, cond: dict[str, Tensor], dtype: torch.dtype, steps: int
+) -> Iterator[Any]:
+    """The loop of diffusers' Stable Cascade pipelines, step by step."""
+    scheduler = import_theirs().scheduler()
+    branches = len(cond["text_pooled"])
+    while True:
+        scheduler.set_timesteps(steps, device=x.device)
+        state = x.to(dtype)
+        for t in scheduler.timesteps[:-1]:
+            told = t.expand(branches).to(dtype)
+            inputs = {"x": torch.cat([state] * branches), "t": told, **cond}
+            predicted = network(**their_names(inputs), return_dict=False)[0]
+            if branches == 2:
+                on, off = predicted.chunk(2)
+                predicted = torch.lerp(off, on, GUIDANCE)
+            state = scheduler.step(predicted, t.expand(1).to(dtype), state).prev_sample
+            yield state
+
+
+def bench_stage_a(plan: Plan, device: torch.device) -> Measured:
+    """Latents to pixels, in float32 as both programs do."""
+    ours = random_network(StageA, STAGE_A["full"], device, torch.float32)
+    theirs = build_theirs(import_theirs().vqgan, ours, "stage_a")
+    side = plan.side // 4
+    latents = torch.randn(1, 4, side, side, device=device)
+    scale = ours.config.scale
+
+    def forever(call: Callable[[], Tensor]) -> Iterator[Tensor]:
+        while True:
+            yield call()
+
+    with torch.no_grad():
+        difference = compare(ours.decode(latents), theirs.decode(latents * scale).sample)
+    contenders = {
+        "triptych": forever(lambda: ours.decode(latents)),
+        "diffusers": forever(lambda: theirs.decode(latents * scale).sample),
+    }
+    measured = take_turns(contenders, plan.repeats, device)
+    products = record_products(lambda: ours.decode(latents))
+    measured.floor = time_products(products, lambda: synchronise(device))
+    measured.difference = difference
+    return measured
+
+
+def bench_loading(plan: Plan, dtype: torch.dtype) -> Measured:
+    """From a Stage C file to a network whose every number was read once."""
+    config = stage_c_config(plan)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        network = random_network(StageC, config, torch.device("cpu"), torch.bfloat16)
+        own = folder / "stage_c.safetensors"
+        write_part(own, network.state_dict(), PartInfo("stage_c", config=config_fields(config)))
+        del network
+        (theirs,) = {path.parent for path in convert_file(own, folder / "prior", "diffusers")}
+        unet = import_theirs().unet
+
+        def ours() -> Iterator[Tensor]:
+            while True:
+                yield touched(load_part(own, "stage_c")[0].to(dtype))
+
+        def diffusers() -> Iterator[Tensor]:
+            while True:
+                yield touched(unet.from_pretrained(theirs, torch_dtype=dtype))
+
+        return take_turns({"triptych": ours(), "diffusers": diffusers()}, plan.repeats, torch.device("cpu"))
+
+
+def touched(network: nn.Module) -> Tensor:
+    return torch.stack([parameter.sum().float() for parameter in network.parameters()]).sum()
+
+
+def take_turns(contenders: dict[str, Iterator[Any]], repeats: int, device: torch.device) -> Measured:
+    """Seconds of one `next` of each contender, in turn, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.no_grad():
+        for turn in range(repeats + 1):
+            for name, contender in contenders.items():
+                synchronise(device)
+                start = time.perf_counter()
+                next(contender)
+                synchronise(device)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+    medians = {name: median(times) for name, times in seconds.items()}
+    spread = {name: (max(times) - min(times)) / medians[name] for name, times in seconds.items()}
+    return Measured(medians, spread)
+
+
+def compose(cases: dict[str, Measured]) -> Measured:
+    """The whole pipeline from its steps."""
+    counts = {"stage_c_step": STEPS_C, "stage_b_step": STEPS_B, "stage_a_decode": 1}
+    parts = [(count, cases[case]) for case, count in counts.items()]
+    names = sorted(cases["stage_c_step"].seconds.keys() & cases["stage_a_decode"].seconds.keys())
+    return Measured(
+        {name: sum(count * case.seconds[name] for count, case in parts) for name in names},
+        {name: max(case.spread[name] for _, case in parts) for name in names},
+        sum(count * case.floor for count, case in parts),
+        max(case.difference for case in cases.values()),
+    )
+
+
+@torch.no_grad()
+def random_network(build: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network with random weights in every tensor, made in its precision at once."""
+    with torch.device("meta"):
+        network = build(config)
+    network = network.to(dtype).to_empty(device=device)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 25
+            tensor.uniform_(-1, 1).mul_(fan_in**-0.5)
+    return network.eval().requires_grad_(False)
+
+
+def build_theirs(kind: Any, ours: nn.Module, part: str) -> Any:
+    with torch.device("meta"):
+        theirs = kind.from_config(model_config(part, ours.config))
+    tensors = layout_tensors(ours.state_dict(), part, "diffusers")
+    theirs.load_state_dict(tensors, assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+THEIR_NAMES = {
+    "x": "sample",
+    "t": "timestep_ratio",
+    "text_hidden": "clip_text",
+    "text_pooled": "clip_text_pooled",
+    "image_embed": "clip_img",
+    "semantic": "effnet",
+}
+
+
+def their_names(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {THEIR_NAMES[name]: value for name, value in inputs.items()}
+
+
+def compare(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """The classes of diffusers that are measured."""
+
+    unet: Any
+    vqgan: Any
+    scheduler: Any
+
+
+def import_theirs() -> Theirs:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about optional packages of its own
+            from diffusers import DDPMWuerstchenScheduler
+            from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet
+
+            deprecated = find_spec("diffusers.pipelines.deprecated.wuerstchen")  # since 0.37
+            folder = deprecated.name if deprecated else "diffusers.pipelines.wuerstchen"
+            vqgan = import_module(f"{folder}.modeling_paella_vq_model").PaellaVQModel
+    except ImportError:
+        raise MissingExtra("diffusers", "test", "Measuring against diffusers") from None
+    return Theirs(StableCascadeUNet, vqgan, DDPMWuerstchenScheduler)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def processor(device: torch.device) -> str:
+    """The name of what computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
