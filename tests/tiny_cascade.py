@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from triptych.checkpoints.files import PartInfo, write_part
+from triptych.models.image_tower import IMAGE_TOWER, ImageTower
 from triptych.models.minilm import MINILM, MiniLM
 from triptych.models.semantic import PREVIEWER, SEMANTIC, Previewer, SemanticEncoder
 from triptych.models.stage_a import STAGE_A, StageA
@@ -74,6 +75,7 @@ def write_tiny_cascade(folder: Path, dtype: torch.dtype | None = None) -> Path:
         "stage_a": (StageA(STAGE_A["tiny"]), {}),
         "semantic": (SemanticEncoder(SEMANTIC["tiny"]), {}),
         "previewer": (Previewer(PREVIEWER["tiny"]), {}),
+        "image_encoder": (ImageTower(dataclasses.replace(IMAGE_TOWER["tiny"], width=384)), {}),
         "text_encoder": (MiniLM(TEXT), {"text_encoder": "minilm", "window": 8}),
     }
     for seed, (part, (network, settings)) in enumerate(parts.items()):

@@ -33,8 +33,11 @@ from triptych.pipelines.pictures import (
     Given,
     bring,
     bring_again,
+    bring_latents,
     encode_semantic,
+    latents_as_inputs,
     sized,
+    with_latents,
 )
 from triptych.pipelines.placement import choose_device, choose_dtype
 from triptych.pipelines.planning import plan_request
@@ -137,6 +140,7 @@ class Cascade:
             request = prompt.replaced(**settings) if settings else prompt
         else:
             request = Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), **settings)
+        inputs = with_latents(inputs, request, self._pixels_per_latent())
         return self._start(request, inputs, bring_again(request))
 
     def vary(
@@ -206,16 +210,11 @@ class Cascade:
 
         Raises CheckpointError for another file, RequestError for latents of another kind of model.
         """
-        latents = latents if isinstance(latents, Latents) else Latents.load(latents)
-        own = self._pixels_per_latent()
-        if latents.pixels_per_latent != own:
-            raise RequestError(
-                f'The latents are of the model "{latents.model}", which has {latents.pixels_per_latent:g} '
-                f"pixels a latent; {self.files.name} has {own:g} and reads other latents. Decode with the "
-                "model that made them."
-            )
-        inputs = Inputs(latents_c=latents.latents_c, latents_b=latents.latents_b)
-        return self.generate(prompt, inputs, **{"size": latents.size, **settings})
+        if isinstance(latents, Latents):
+            inputs = latents_as_inputs(latents, self._pixels_per_latent())
+            return self.generate(prompt, inputs, size=latents.size, **settings)
+        read, source = bring_latents(latents)
+        return self.generate(prompt, size=read.size, sources=(source,), **settings)
 
     def _start(
         self, request: Request, inputs: Inputs, brought: Sequence[Brought]
@@ -224,6 +223,7 @@ class Cascade:
         request = self.resolve(request, brought)
         self._check_inputs(request, inputs, brought)
         chosen = plan_request(self.parts, request)
+        self.parts.wear(request.lora)
         self.parts.weights, self.parts.keep = chosen.weights, chosen.keep
         return Run(self.parts, request, inputs, brought).events()
 

@@ -7,7 +7,6 @@ among its settings.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +32,6 @@ class Latents:
     latents_b: Tensor | None = None  # (1,4,H,W)
     licence: str = ""  # of the model
     notice: str = ""
-
-    def factors(self) -> tuple[float, float]:
-        """How much smaller the deepest latents are: sides, and numbers (three a pixel) over numbers."""
-        width, height = self.size
-        kept = self.latents_c if self.latents_b is None else self.latents_b
-        sides = math.sqrt(width * height / (kept.shape[2] * kept.shape[3]))
-        return sides, 3 * width * height / kept[0].numel()
 
     def save(self, path: Path | str) -> Path:
         """Write a new safetensors file. Raises RequestError when `path` exists, CapacityError when it does

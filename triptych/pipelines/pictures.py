@@ -17,14 +17,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from triptych.errors import RequestError
+from triptych.errors import DataError, RequestError
 from triptych.images import cover, decode_picture, flatten, read_bytes, to_pixels
-from triptych.pipelines.inputs import Inputs
+from triptych.pipelines.inputs import NOTHING, Inputs
+from triptych.pipelines.latents import Latents
 from triptych.pipelines.parts import Parts
 from triptych.pipelines.request import Request, Source
 from triptych.sizes import fitting_size
 
-REFERENCE, START = "reference", "start"
+REFERENCE, START, LATENTS = "reference", "start", "latents"
 ENCODER_STRIDE = 32  # pixels per latent of the semantic encoder
 
 Given = Image.Image | Path | str  # a picture, or the file it is in
@@ -50,21 +51,52 @@ def bring(picture: Given, role: str, weight: float = 1.0) -> Brought:
 def bring_again(request: Request) -> list[Brought]:
     """Read the pictures that a request names. Raises RequestError when one has changed since, DataError when
     one is missing."""
-    brought = []
-    for source in request.sources:
-        if source.file is None:
-            raise RequestError(
-                f"The {source.role} picture of this request was in no file; pass the picture itself again."
-            )
+    pictures = [source for source in request.sources if source.role != LATENTS]
+    return [Brought(decode_picture(_read_again(source), source.file), source) for source in pictures]
+
+
+def _read_again(source: Source) -> bytes:
+    if source.file is None:
+        raise RequestError(f"The {source.role} of this request was in no file; pass it again.")
+    try:
         content = read_bytes(source.file)
-        found = hashlib.sha256(content).hexdigest()
-        if found != source.sha256:
-            raise RequestError(
-                f"{source.file} is not the picture that was used: its SHA-256 is {found[:12]}..., and "
-                f"{source.sha256[:12]}... was stored. Put the original back, or name another picture."
-            )
-        brought.append(Brought(decode_picture(content, source.file), source))
-    return brought
+    except DataError as error:
+        raise DataError(f"{error} It is the {source.role} of this request, named as it was then.") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != source.sha256:
+        raise RequestError(
+            f"{source.file} is not the file that was used: its SHA-256 is {found[:12]}..., and "
+            f"{source.sha256[:12]}... was stored. Put the original back, or name another."
+        )
+    return content
+
+
+def bring_latents(path: Path | str) -> tuple[Latents, Source]:
+    """Read a file of latents for a request. Raises CheckpointError for any other file."""
+    latents = Latents.load(path)
+    return latents, _source(LATENTS, str(path), read_bytes(path), 1.0)
+
+
+def with_latents(inputs: Inputs, request: Request, pixels_per_latent: float) -> Inputs:
+    """`inputs` with the latents that a request names, for a model with so many pixels a latent.
+
+    Raises RequestError when they have changed since, or are of another kind of model.
+    """
+    for source in request.sources:
+        if source.role == LATENTS:
+            _read_again(source)
+            inputs = latents_as_inputs(Latents.load(source.file or ""), pixels_per_latent, inputs)
+    return inputs
+
+
+def latents_as_inputs(latents: Latents, pixels_per_latent: float, inputs: Inputs = NOTHING) -> Inputs:
+    """Inputs that are decoded as they are. Raises RequestError for latents of another kind of model."""
+    if latents.pixels_per_latent != pixels_per_latent:
+        raise RequestError(
+            f'These latents were made by the model "{latents.model}", with {latents.pixels_per_latent:g} '
+            f"pixels a latent; this model has {pixels_per_latent:g}. Decode with the model that made them."
+        )
+    return replace(inputs, latents_c=latents.latents_c, latents_b=latents.latents_b)
 
 
 def sized(request: Request, brought: Sequence[Brought], settings: dict[str, Any], min_side: int) -> Request:

@@ -15,7 +15,21 @@ from typing import Annotated, Any
 
 import typer
 
-from triptych.apps.cli import convert, evaluate, generate, info, models, train
+from triptych.apps.cli import (
+    bench,
+    compare,
+    convert,
+    decode,
+    encode,
+    evaluate,
+    generate,
+    img2img,
+    info,
+    models,
+    reconstruct,
+    train,
+    vary,
+)
 from triptych.errors import TriptychError, nearest
 
 USAGE_STATUS = 2
@@ -52,8 +66,15 @@ def root(
 
 
 app.command(help=generate.HELP)(generate.generate)
+app.command(help=vary.HELP)(vary.vary)
+app.command(help=img2img.HELP)(img2img.img2img)
+app.command(help=encode.HELP)(encode.encode)
+app.command(help=decode.HELP)(decode.decode)
+app.command(help=reconstruct.HELP)(reconstruct.reconstruct)
 app.command(help=train.HELP)(train.train)
 app.command(help=evaluate.HELP)(evaluate.evaluate)
+app.command(help=compare.HELP)(compare.compare)
+app.command(help=bench.HELP)(bench.bench)
 app.command(help=models.HELP)(models.models)
 app.command(help=info.HELP)(info.info)
 app.command(help=convert.HELP)(convert.convert)
