@@ -18,6 +18,7 @@ from triptych.evaluation.statistics import (
     fleiss_kappa,
     krippendorff_alpha,
     paired_difference,
+    paired_shares,
     student_quantile,
     votes_for_interval,
     votes_needed,
@@ -95,6 +96,30 @@ def test_paired_differences_are_those_of_scipy() -> None:
     with pytest.raises(ValueError, match="equally many"):
         paired_difference([1.0], [1.0, 2.0])
     assert paired_difference([1.0], [2.0]).high == math.inf
+
+
+def test_paired_shares_hold_the_truth_and_few_equal_pairs_prove_nothing() -> None:
+    assert paired_shares([True] * 4, [True] * 4).high > 0.2
+    rng = np.random.default_rng(10)
+    held = 0
+    for _ in range(300):
+        hard = rng.random(60)
+        a, b = hard < 0.5, (hard + rng.normal(0, 0.15, 60)) < 0.6
+        found = paired_shares(a.tolist(), b.tolist())
+        assert found.value == pytest.approx(b.mean() - a.mean())
+        held += found.low <= TRUE_GAP <= found.high
+    assert held / 300 > 0.92
+
+
+def _true_gap() -> float:
+    hard, noise = (
+        np.random.default_rng(11).random(400_000),
+        np.random.default_rng(12).normal(0, 0.15, 400_000),
+    )
+    return float(((hard + noise) < 0.6).mean() - 0.5)
+
+
+TRUE_GAP = _true_gap()
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 10, 99, 1000])
