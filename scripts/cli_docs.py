@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,18 @@ def render() -> str:
     """The whole page."""
     root: Any = typer.main.get_command(app)
     sections = [INTRODUCTION]
-    for name, command in root.commands.items():
+    for name, command in _commands(root):
         sections.append(f"## triptych {name}\n\n{_text(command.help)}\n\n{_table(command)}\n")
     return "\n".join(sections)
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All commands with their whole names; those of a group after it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
 
 
 def _text(help_text: str) -> str:

@@ -1,4 +1,4 @@
-"""LoRAs at generation: worn, stacked, changed in scale and taken off without loading again; learned tokens."""
+"""LoRAs at generation: worn, stacked, scaled and taken off without loading again; learned tokens."""
 
 from __future__ import annotations
 

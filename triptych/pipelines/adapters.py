@@ -58,8 +58,9 @@ def stack(loras: Sequence[tuple[Path, float, Lora]], token_width: int) -> Adapte
     for path, strength, lora in loras:
         if lora.offsets is not None:
             raise CheckpointError(
-                f"{path} teaches {len(lora.offsets.indices)} tokens whose names are not in the file; "
-                f"`triptych lora convert {path} NEW.safetensors --token '[name]=word'` writes one that has them."
+                f"{path} teaches {len(lora.offsets.indices)} tokens whose names are not in it; "
+                f"`triptych lora convert {path} NEW.safetensors --token '[name]=word'` writes one with "
+                "names."
             )
         for part, own in lora.changes.items():
             changes.setdefault(part, []).extend((change, strength) for change in own)
