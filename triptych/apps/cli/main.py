@@ -25,8 +25,10 @@ from triptych.apps.cli import (
     generate,
     img2img,
     info,
+    lora,
     models,
     reconstruct,
+    study,
     train,
     vary,
 )
@@ -74,10 +76,12 @@ app.command(help=reconstruct.HELP)(reconstruct.reconstruct)
 app.command(help=train.HELP)(train.train)
 app.command(help=evaluate.HELP)(evaluate.evaluate)
 app.command(help=compare.HELP)(compare.compare)
+app.command(help=study.HELP)(study.study)
 app.command(help=bench.HELP)(bench.bench)
 app.command(help=models.HELP)(models.models)
 app.command(help=info.HELP)(info.info)
 app.command(help=convert.HELP)(convert.convert)
+app.add_typer(lora.app, name="lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
