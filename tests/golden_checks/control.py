@@ -16,7 +16,7 @@ from triptych.conditioning.hints import (
     shrunk,
     super_resolution_hint,
 )
-from triptych.conditioning.masks import saliency_mask, smart_crop
+from triptych.conditioning.masks import BLUR, saliency_mask, smart_crop
 from triptych.models.controlnet import ControlNet, ControlNetConfig
 from triptych.models.pidinet import PiDiNet, PiDiNetConfig
 from triptych.models.saliency import Saliency, SaliencyConfig, shrink
@@ -90,7 +90,9 @@ def check_hints(golden: Any) -> dict[str, Any]:
     network = Saliency(SaliencyConfig())
     network.load_state_dict(golden.under("w.saliency."))
     saliency = network(pixels)
-    inside, outside = (saliency_mask(pixels, threshold, turned, network) for turned in (False, True))
+    inside, outside = (
+        saliency_mask(pixels, threshold, turned, network, blur=BLUR) for turned in (False, True)
+    )
     encoder = SemanticEncoder(SEMANTIC["full"]).eval()
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     statistics = golden.sibling("effnet_encoder").under("w.")

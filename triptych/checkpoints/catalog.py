@@ -260,6 +260,19 @@ def controlnet_files(files: ModelFiles) -> dict[str, Path]:
     return found
 
 
+def beside(files: ModelFiles, part: str) -> Path | None:
+    """The file of a small extra part ("saliency", "pidinet") beside a model's own files, if there is one."""
+    parts = (files.stage_c, files.stage_b, files.stage_a, files.text_encoder)
+    for folder in dict.fromkeys(path.parent for path in parts):
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                if identify(path)[1].part == part:
+                    return path
+            except CheckpointError:
+                continue
+    return None
+
+
 def find_controlnet(files: ModelFiles, hint: str, say: Callable[[str], None] | None = None) -> Path:
     """The ControlNet of a model for one kind of hint; published ones are downloaded the first time.
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from triptych.errors import RequestError
 from triptych.images import to_pixels
 
-BLUR = 141  # pixels of the kernel that rounds a saliency mask off, as published
+BLUR, BLUR_SIDE = 141, 768  # the kernel that rounds a saliency mask off, and the published training side
 THRESHOLDS = (0.04, 0.4)  # saliency above a level drawn from this range is masked in training
 INVERTED = 0.4  # share of training masks that are turned over: outpainting
 SHOWN_THRESHOLD = 0.2  # of the published examples
@@ -78,16 +78,18 @@ def saliency_mask(
     threshold: float | Tensor = SHOWN_THRESHOLD,
     inverted: bool | Tensor = False,
     saliency: Saliency = contrast_saliency,
+    blur: int | None = None,
 ) -> Tensor:
     """What stands out in pixels (B,3,H,W), with a rounded outline, as a mask; `inverted`: all the rest.
 
-    `threshold` and `inverted` may be (B,), one for each picture.
+    `threshold` and `inverted` may be (B,), one for each picture. `blur` is the odd kernel that rounds, by
+    default the published one in proportion to the picture.
     """
     levels, turned = (torch.as_tensor(value).reshape(-1, 1, 1, 1) for value in (threshold, inverted))
     mask = saliency(pixels) > levels.to(pixels)
     mask = mask ^ turned.to(mask)
     full = F.interpolate(mask.float(), pixels.shape[-2:], mode="nearest")
-    return (gaussian_blur(full, BLUR) > 0.5).float()
+    return (gaussian_blur(full, blur or int(BLUR * min(full.shape[-2:]) / BLUR_SIDE) | 1) > 0.5).float()
 
 
 def gaussian_blur(x: Tensor, kernel: int) -> Tensor:

@@ -13,16 +13,26 @@ where prompt -> Conditioning -> latents_c -> latents_b -> pixels happens.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from triptych.checkpoints.catalog import ModelFiles, find_model
+from triptych.conditioning.masks import SHOWN_THRESHOLD
 from triptych.errors import RequestError
 from triptych.images import cover, to_pixels
 from triptych.models.stage_b import StageBConfig
+from triptych.pipelines.control import (
+    FACTORS,
+    Steering,
+    check_controls,
+    hint_images,
+    sized_for_controls,
+    steered,
+)
 from triptych.pipelines.inputs import NOTHING, Inputs
 from triptych.pipelines.latents import Latents
 from triptych.pipelines.parts import Parts
@@ -43,7 +53,7 @@ from triptych.pipelines.placement import choose_device, choose_dtype
 from triptych.pipelines.planning import plan_request
 from triptych.pipelines.request import Request, Result
 from triptych.pipelines.stages import Event, Run
-from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_b
+from triptych.sizes import PIXELS_PER_LATENT_C, SIDE_MULTIPLE, latent_size_b
 
 __all__ = ["Cascade", "Event"]
 
@@ -114,7 +124,10 @@ class Cascade:
         min_side = config.patch * 4 * 2 ** (len(config.widths) - 1)
         if brought is None:
             brought = bring_again(request) if request.size is None and request.sources else ()
-        request = sized(request.replaced(**own), brought, stage_c.settings, min_side)
+        width, height = stage_c.settings["default_size"]
+        multiple = int(stage_c.settings.get("size_multiple", SIDE_MULTIPLE))
+        request = sized_for_controls(request.replaced(**own), brought, (width, height), multiple, min_side)
+        request = sized(request, brought, stage_c.settings, min_side)
         return request.resolve(stage_c.settings, stage_b.settings, min_side)
 
     def generate(
@@ -216,6 +229,125 @@ class Cascade:
         read, source = bring_latents(latents)
         return self.generate(prompt, size=read.size, sources=(source,), **settings)
 
+    def steer(self, prompt: str, *controls: Steering, **settings: Any) -> Result:
+        """Pictures of a prompt that follow any number of controls at once, each with its own weight and share
+        of the steps.
+
+            cascade.steer("a house", Steering("canny", "lines.png"), Steering("palette", "colours.png",
+                settings={"weight": 0.5, "end": 0.4}))
+
+        Raises as `generate`, and DataError for unreadable pictures.
+        """
+        request, brought = steered(prompt, controls, settings)
+        return _last(self._start(request, NOTHING, brought))
+
+    def canny(
+        self,
+        picture: Given,
+        prompt: str = "",
+        *,
+        sketch: bool = False,
+        low: float = 100.0,
+        high: float = 200.0,
+        control: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Result:
+        """A picture of `prompt` with the edges of `picture`, or with the lines of a sketch.
+
+        `low` and `high` are Canny's thresholds; `control` are further fields of `ControlRequest` (weight,
+        begin, end, controlnet), here and in the methods below. Raises as `steer`.
+        """
+        own = {"sketch": sketch, "low": low, "high": high, **(control or {})}
+        return self.steer(prompt, Steering("canny", picture, settings=own), **settings)
+
+    def inpaint(
+        self,
+        picture: Given,
+        prompt: str = "",
+        *,
+        mask: Given | None = None,
+        box: tuple[int, int, int, int] | None = None,
+        salient: float | None = None,
+        control: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Result:
+        """`picture` with one part drawn anew: the white of `mask`, `box` (x, y, width, height), or what
+        stands out more than `salient` in [0,1] (0.2 when none of the three is given).
+
+        Pixels outside are exactly those of the picture, and so is its size. Raises as `steer`, and
+        RequestError when nothing is masked.
+        """
+        if mask is None and box is None and salient is None:
+            salient = SHOWN_THRESHOLD
+        own = {"box": box, "salient": salient, **(control or {})}
+        return self.steer(prompt, Steering("inpainting", picture, mask, own), **settings)
+
+    def outpaint(
+        self,
+        picture: Given,
+        prompt: str = "",
+        *,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        control: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Result:
+        """`picture` with so many pixels drawn further at its sides; its own stay exactly as they are.
+
+        Raises as `steer`, and RequestError when no side grows.
+        """
+        own = {"extend": (left, top, right, bottom), **(control or {})}
+        return self.steer(prompt, Steering("inpainting", picture, settings=own), **settings)
+
+    def upscale(
+        self,
+        picture: Given,
+        prompt: str = "",
+        *,
+        factor: int = 2,
+        control: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Result:
+        """`picture` drawn `factor` (2 or 4) times as large: 2 from its semantic latents, 4 from its pixels.
+
+        What Stage C makes is upscaled without pixels by `generate(..., upscale=2)`. Raises as `steer`.
+        """
+        kinds = {factor: hint for hint, factor in FACTORS.items()}
+        if factor not in kinds:
+            raise RequestError(f"Pictures are made 2 or 4 times as large, not {factor} times.")
+        return self.steer(prompt, Steering(kinds[factor], picture, settings=dict(control or {})), **settings)
+
+    def identity(
+        self,
+        picture: Given,
+        prompt: str = "",
+        *,
+        face_model: str | Path,
+        face_detector: str | Path | None = None,
+        box: tuple[int, int, int, int] | None = None,
+        control: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Result:
+        """A picture of `prompt` with the face of `picture`, read by ONNX models that the user brings.
+
+        Without a detector, `box` (x, y, width, height) or the whole picture is the face. Raises as `steer`,
+        MissingExtra without onnxruntime, and RequestError when there is no face.
+        """
+        own = {
+            "face_model": str(face_model),
+            "face_detector": None if face_detector is None else str(face_detector),
+            "box": box,
+            **(control or {}),
+        }
+        return self.steer(prompt, Steering("identity", picture, settings=own), **settings)
+
+    def hints(self, request: Request) -> list[Image.Image]:
+        """What the ControlNets of a request are told, one picture for each control. Raises as `steer`."""
+        brought = bring_again(request)
+        return hint_images(self.parts, self.resolve(request, brought), brought)
+
     def _start(
         self, request: Request, inputs: Inputs, brought: Sequence[Brought]
     ) -> Generator[Event, None, None]:
@@ -230,6 +362,8 @@ class Cascade:
     def _check_inputs(self, request: Request, inputs: Inputs, brought: Sequence[Brought]) -> None:
         """Raise RequestError unless the inputs belong to pictures of this number and size, CheckpointError
         when the model has no encoder for the pictures it is to read."""
+        if request.upscale is not None and inputs.latents():
+            raise RequestError("Upscaling draws what Stage C made again, and takes no latents from outside.")
         pictures, sides = len(request.prompts) * request.count, request.sides()
         shapes = {"latents_c": self.parts.size_c(*sides), "latents_b": latent_size_b(*sides)}
         for kind, latents in inputs.latents():
@@ -239,6 +373,7 @@ class Cascade:
                     f"Latents of shape {tuple(latents.shape)} were given for {pictures} pictures, whose "
                     f"{kind} are {shape[0]}x{shape[1]}."
                 )
+        check_controls(self.parts, request)
         roles = {one.source.role for one in brought}
         if request.strength is not None and inputs.start is None and START not in roles:
             raise RequestError("A strength was given, but no picture to start from.")

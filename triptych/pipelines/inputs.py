@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
+from triptych.models.blocks import resize
 from triptych.pipelines.request import Picture
 
 
@@ -69,7 +70,7 @@ def combine(
         for index, residual in enumerate(residuals):
             if residual is not None:
                 own, before = rows(residual, pictures), total[index]
-                total[index] = own if before is None else before + own
+                total[index] = own if before is None else before + resize(own, before.shape[-2:])
     return total
 
 

@@ -56,6 +56,7 @@ Steps = Annotated[int, Field(ge=1, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Extent = Annotated[int, Field(ge=0, le=16384)]
 
 
 class Source(BaseModel):
@@ -71,6 +72,45 @@ class Source(BaseModel):
     file: str | None = None
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     weight: Weight = 1.0
+
+
+class ControlRequest(BaseModel):
+    """One ControlNet's part in a request. Raises RequestError, in one sentence, for what is wrong in itself.
+
+    `picture` and `mask` are places among the request's `sources`. The residuals are multiplied by `weight`
+    and added on the steps between the fractions `begin` and `end` of the sampling. Every kind of hint has
+    settings of its own; those of others say nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hint: str = Field(min_length=1, description="Kind of control, such as canny.")
+    picture: int = Field(ge=0)
+    controlnet: str | None = Field(None, description="Another ControlNet: a file.")
+    weight: Weight = 1.0
+    begin: Strength = 0.0
+    end: Strength = 1.0
+    low: float = Field(100.0, ge=0, description="Canny: weaker changes are no edges.")
+    high: float = Field(200.0, ge=0, description="Canny: stronger changes always are.")
+    sketch: bool = Field(False, description="Canny: the picture is a sketch, its lines are the edges.")
+    mask: int | None = Field(None, ge=0)
+    box: tuple[int, int, int, int] | None = Field(None, description="x, y, width, height of hole or face.")
+    salient: Strength | None = Field(None, description="Inpainting: what stands out more than this.")
+    extend: tuple[Extent, Extent, Extent, Extent] | None = Field(
+        None, description="Outpainting: pixels added left, above, right, below."
+    )
+    face_model: str | None = Field(None, description="Identity: an ONNX file that reads a face.")
+    face_detector: str | None = Field(None, description="Identity: an ONNX file that finds faces.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RequestError(explain(error, ControlRequest)) from None
+        if self.begin >= self.end:
+            raise RequestError(
+                f"A control from {self.begin:g} to {self.end:g} of the sampling never acts: begin before end."
+            )
 
 
 class Request(BaseModel):
@@ -97,6 +137,8 @@ class Request(BaseModel):
         None, description="How far from the source picture: 0 keeps, 1 forgets."
     )
     sources: tuple[Source, ...] = Field((), description="Pictures to follow or to start from.")
+    controls: tuple[ControlRequest, ...] = Field((), description="ControlNets that steer Stage C.")
+    upscale: Literal[2] | None = Field(None, description="Draw Stage C's latents again, twice as large.")
     decoder_steps: Steps | None = Field(None, description="Steps of Stage B.")
     decoder_guidance: Weight | None = Field(None, description="Guidance weight of Stage B.")
     decoder_sampler: str | None = Field(None, description="Sampler of Stage B.")
@@ -143,11 +185,16 @@ class Request(BaseModel):
         """The prompts, always as a tuple."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
-    def sides(self) -> tuple[int, int]:
-        """Height and width in pixels. The request must be resolved."""
+    def base_sides(self) -> tuple[int, int]:
+        """Height and width in pixels, before `upscale`. The request must be resolved."""
         if self.size is None:
             raise RequestError("This request has no size yet; resolve it first.")
         return self.size[1], self.size[0]
+
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the finished picture in pixels. The request must be resolved."""
+        height, width = self.base_sides()
+        return height * (self.upscale or 1), width * (self.upscale or 1)
 
     def pictures(self) -> list[Picture]:
         """One entry per picture, prompt by prompt. The seed must be known (see `resolve`)."""

@@ -21,7 +21,8 @@ from triptych.diffusion.samplers import SAMPLERS, Step
 from triptych.diffusion.schedule import Schedule
 from triptych.images import to_images
 from triptych.models.stage_c import StageCConfig
-from triptych.pipelines.inputs import Inputs, combine, rows
+from triptych.pipelines.control import upscaling, with_controls
+from triptych.pipelines.inputs import Control, Inputs, combine, rows
 from triptych.pipelines.noise import START, draw_batch
 from triptych.pipelines.parts import Parts
 from triptych.pipelines.pictures import Brought, with_pictures
@@ -82,6 +83,7 @@ class Run:
         pictures = self.request.pictures()
         yield Event("text", 0, 1, pictures)
         self.inputs = with_pictures(self.inputs, self.parts, self.request, self.brought)
+        self.inputs = with_controls(self.inputs, self.parts, self.request, self.brought)
         batches = self._read_prompts(pictures)
         yield Event("text", 1, 1, pictures)
         images: dict[int, Image.Image] = {}
@@ -153,11 +155,28 @@ class Run:
             batch.latents_c = rows(given.float().cpu(), batch.pictures).contiguous()
             yield Event("stage_c", 1, 1, batch.pictures)
             return
+        size = self.parts.size_c(*self.request.base_sides())
+        yield from self._draw(batch, "stage_c", size, self.inputs.controls, start)
+        if self.request.upscale is not None:
+            assert batch.latents_c is not None
+            controls = (upscaling(self.parts, batch.latents_c),)
+            size = self.parts.size_c(*self.request.sides())
+            yield from self._draw(batch, "upscale", size, controls, None)
+
+    def _draw(
+        self,
+        batch: Batch,
+        purpose: str,
+        size: tuple[int, int],
+        controls: Sequence[Control],
+        start: Tensor | None,
+    ) -> Iterator[Event]:
+        """Latents of `size` by Stage C, from noise of its own for each purpose, or from `start`."""
         cond, uncond = (part.to(self.parts.device, self.parts.dtype) for part in (batch.cond, batch.uncond))
         both = cat(cond, uncond)
         acting: list[Tensor | None] = []
         with self.parts.turn("stage_c") as network:
-            shape = (network.config.channels, *self.parts.size_c(*self.request.sides()))
+            shape = (network.config.channels, *size)
 
             def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
                 told = both if len(branches) == 2 else cond
@@ -180,10 +199,12 @@ class Run:
             if start is not None:
                 start = rows(start.float().to(self.parts.device), batch.pictures)
             how = self.request.sampling("stage_c")
-            acting[:] = combine(self.inputs.controls, 0, how.steps, batch.pictures)
-            for step in self._sample("stage_c", predict, shape, batch, how, start):
+            if start is None:  # from pure noise, in all the steps asked for
+                how = replace(how, steps=self.request.steps or how.steps, strength=1.0)
+            acting[:] = combine(controls, 0, how.steps, batch.pictures)
+            for step in self._sample("stage_c", predict, shape, batch, how, start, purpose):
                 batch.latents_c = step.x0
-                acting[:] = combine(self.inputs.controls, step.index + 1, step.steps, batch.pictures)
+                acting[:] = combine(controls, step.index + 1, step.steps, batch.pictures)
                 previews = self._preview(step.x0) if self.request.preview else None
                 yield Event("stage_c", step.index + 1, step.steps, batch.pictures, previews)
 
@@ -236,6 +257,7 @@ class Run:
         batch: Batch,
         how: Sampling,
         start: Tensor | None = None,
+        purpose: str | None = None,
     ) -> Iterator[Step]:
         """Run the sampler of one stage from noise, or from `start` noised to the level `how.strength`.
 
@@ -247,7 +269,7 @@ class Run:
         denoise = Denoiser(predict, schedule, settings["prediction"], guidance)
 
         def noise(step: int) -> Tensor:
-            return draw_batch(batch.seeds, stage, step, shape).to(self.parts.device)
+            return draw_batch(batch.seeds, purpose or stage, step, shape).to(self.parts.device)
 
         x = noise(START)
         times, logsnrs = schedule.grid(how.steps, how.strength)
