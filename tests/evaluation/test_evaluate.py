@@ -14,6 +14,7 @@ from triptych.data.shapes import HELDOUT, draw_shapes
 from triptych.data.shards import ShardIndex
 from triptych.data.sources import DrawnShapes
 from triptych.errors import DataError, RequestError
+from triptych.evaluation.editing import evaluate_img2img, evaluate_variations
 from triptych.evaluation.evaluate import (
     SEED_STRIDE,
     evaluate_icons,
@@ -122,6 +123,28 @@ def test_reconstruction_measures_both_ways_down(cascade: Cascade) -> None:
         evaluate_reconstruction(cascade, DrawnShapes(2, canvases=[(50, 50)]), count=2)
 
 
+def test_variations_stand_beside_sources_reconstructions_and_random_pictures(cascade: Cascade) -> None:
+    report = evaluate_variations(cascade, ShardIndex(FIXTURE), 3, seeds=(0, 1), size="64x64")
+    kinds = [row["kind"] for row in report.rows]
+    assert [kinds.count(kind) for kind in ("source", "variation", "reconstruction", "random")] == [3, 6, 3, 3]
+    assert report.measures["source, first"].value >= 2 / 3
+    assert report.measures["variation, first"].count == 6
+    assert report.measures["distance, variation to variation"].value > 0
+    assert len(report.images) == 3 * report.columns == 15
+    unknown = ShardIndex(FIXTURE, keep=lambda meta: meta.get("concept") not in load_judge().concepts)
+    with pytest.raises(DataError, match="the data has none"):
+        evaluate_variations(cascade, unknown, 3)
+
+
+def test_more_strength_leaves_less_of_a_picture(cascade: Cascade) -> None:
+    report = evaluate_img2img(cascade, DrawnShapes(3), 3, strengths=(0.0, 0.5, 1.0), steps=4, size="64x64")
+    distances = [report.measures[f"distance at {strength}"].value for strength in ("0", "0.5", "1")]
+    assert distances[0] < distances[2]
+    assert len(report.images) == 3 * report.columns == 12
+    with pytest.raises(DataError, match="at least two"):
+        evaluate_img2img(cascade, DrawnShapes(1), 1)
+
+
 def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", "shapes", "--model", str(tiny_cascade), "--size", "64x64", "--count", "2"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "new")])
@@ -139,7 +162,8 @@ def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_pat
     ("arguments", "message"),
     [
         (["shape"], 'called "shape": did you mean "shapes"'),
-        (["icons", "--data", "x.tar"], "--data is for reconstruction only"),
+        (["icons", "--data", "x.tar"], "--data is for reconstruction, variations, img2img only"),
+        (["variations"], "name a tar shard of them with --data"),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], message: str) -> None:

@@ -52,6 +52,7 @@ class Report:
     settings: dict[str, Any]
     images: list[Image.Image] = field(default_factory=list, repr=False)
     numbers: dict[str, float] = field(default_factory=dict)  # measures of the whole set, without interval
+    columns: int | None = None  # pictures that belong together, for a sheet of `images`
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the pictures, as plain values."""

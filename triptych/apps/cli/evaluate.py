@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from triptych.evaluation.evaluate import Report
     from triptych.pipelines.cascade import Cascade
 
-HELP = """Measure a model: shapes, icons or reconstruction.
+HELP = """Measure a model: shapes, icons, reconstruction, variations or img2img.
 
 Examples:
 
@@ -28,17 +28,21 @@ Examples:
 
   triptych evaluate reconstruction --data val.tar
 
+  triptych evaluate variations --data val.tar --count 40 --seeds 2
+
 shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
 shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
-reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A.
+reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. variations: is the
+concept of an icon still seen in its variations? img2img: how much of a picture is left at each strength?
 """
 
-KINDS = ("shapes", "icons", "reconstruction")
-DEFAULT_PICTURES = 100  # for reconstruction
+KINDS = ("shapes", "icons", "reconstruction", "variations", "img2img")
+DEFAULT_PICTURES = {"reconstruction": 100, "variations": 40, "img2img": 20}
+PLAIN = ("psnr", "ssim", "distance")  # measures that are no shares
 
 
 def evaluate(
-    what: Annotated[str, Argument(help="shapes, icons or reconstruction.")],
+    what: Annotated[str, Argument(help="shapes, icons, reconstruction, variations or img2img.")],
     model: Annotated[str, Option(help="mini, cascade, cascade-lite, a hub name or a folder.")] = "mini",
     stage_c: Annotated[str | None, Option(help="Another Stage C: 3.6b, 1b or a file.")] = None,
     stage_b: Annotated[str | None, Option(help="Another Stage B: 1.5b, 700m or a file.")] = None,
@@ -48,7 +52,7 @@ def evaluate(
         bool, Option("--all", help="All validation prompts in place of the 100 fixed ones per set.")
     ] = False,
     data: Annotated[
-        Path | None, Option(help="Pictures to reconstruct: a tar shard or folder. [drawn shapes]")
+        Path | None, Option(help="Pictures to work on: a tar shard or folder. [drawn shapes]")
     ] = None,
     count: Annotated[
         int | None, Option(min=1, help="Use only the first so many prompts or pictures.")
@@ -67,8 +71,12 @@ def evaluate(
 ) -> None:
     if what not in KINDS:
         raise RequestError(f'There is nothing to evaluate called "{what}": {nearest(what, KINDS)}.')
-    if data is not None and what != "reconstruction":
-        raise RequestError(f"--data is for reconstruction only; {what} has prompts of its own.")
+    if data is not None and what not in DEFAULT_PICTURES:
+        raise RequestError(
+            f"--data is for {', '.join(DEFAULT_PICTURES)} only; {what} has prompts of its own."
+        )
+    if data is None and what == "variations":
+        raise RequestError("Variations are measured on icons: name a tar shard of them with --data.")
     from triptych.pipelines.cascade import Cascade
 
     sampling = {
@@ -107,6 +115,7 @@ def measured(
     settings: dict[str, Any],
 ) -> Iterator[Report]:
     """The reports of one kind, each as soon as it is there."""
+    from triptych.evaluation import editing
     from triptych.evaluation import evaluate as evaluation
     from triptych.evaluation.prompts import icon_prompts, shapes_prompts
 
@@ -127,13 +136,17 @@ def measured(
         from triptych.data.shards import ShardIndex
         from triptych.data.sources import DrawnShapes
 
-        number = count or DEFAULT_PICTURES
+        number = count or DEFAULT_PICTURES[what]
         source = DrawnShapes(number) if data is None else ShardIndex(data)
         number = len(source) if everything and count is None else number
-        settings.pop("size", None)  # every picture keeps its own
-        with pictures_progress("reconstruction") as progress:
-            report = evaluation.evaluate_reconstruction(cascade, source, number, 0, progress, **settings)
-        yield report
+        with pictures_progress(what) as progress:
+            if what == "reconstruction":
+                settings.pop("size", None)  # every picture keeps its own
+                yield evaluation.evaluate_reconstruction(cascade, source, number, 0, progress, **settings)
+            elif isinstance(source, ShardIndex) and what == "variations":
+                yield editing.evaluate_variations(cascade, source, number, seeds, progress, **settings)
+            else:
+                yield editing.evaluate_img2img(cascade, source, number, 0, progress, **settings)
 
 
 @contextmanager
@@ -159,16 +172,15 @@ def pictures_progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
 def show(report: Report) -> None:
     """A small table: one measure a line, with its 95 % interval."""
     typer.echo(f"{report.name} ({len(report.rows)} pictures)")
-    is_share = report.name != "reconstruction"
     for name, estimate in report.measures.items():
         values = (estimate.value, estimate.low, estimate.high)
-        if is_share:
+        if not any(word in name for word in PLAIN):
             value, low, high = (f"{100 * v:5.1f} %" for v in values)
         else:
             value, low, high = (f"{v:8.3f}" for v in values)
-        typer.echo(f"  {name:24s} {value}   {low} to {high}   of {estimate.count}")
+        typer.echo(f"  {name:40s} {value}   {low} to {high}   of {estimate.count}")
     for name, number in report.numbers.items():
-        typer.echo(f"  {name:24s} {number:8.3f}")
+        typer.echo(f"  {name:40s} {number:8.3f}")
 
 
 def save(report: Report, out: Path) -> None:
@@ -177,7 +189,7 @@ def save(report: Report, out: Path) -> None:
 
     text = json.dumps(report.as_json(), ensure_ascii=False, indent=2)
     (out / f"{report.name}.json").write_text(text + "\n", encoding="utf-8")
-    columns = 12 if report.name == "reconstruction" else None
+    columns = 12 if report.name == "reconstruction" else report.columns
     sizes = {image.size for image in report.images}
     images = [image.resize(min(sizes)) for image in report.images] if len(sizes) > 1 else report.images
     grid(images, columns, gap=4).save(out / f"{report.name}.png")
