@@ -93,14 +93,16 @@ def study_prompts(source: str, count: int | None = None) -> list[StudyPrompt]:
     "structured" (counting, colours, position, binding of shapes), and the sets of `triptych evaluate`.
     Files: .txt (one prompt a line), .tsv (a header with a column Prompt, if wanted Category and Challenge)
     and .jsonl (objects with "prompt", if wanted "category", "challenge" and "truth"). `count` takes prompts
-    at even distances, so that no category is left out by its place. Raises DataError.
+    at even distances from the list sorted by category, so that each has its share. Raises DataError.
     """
     prompts = _named(source) if source in NAMED_SETS else _from_file(Path(source))
     if not prompts:
         raise DataError(f"{source} holds no prompts.")
     if count is None or count >= len(prompts):
         return prompts
-    return [prompts[number * len(prompts) // count] for number in range(count)]
+    alike = sorted(range(len(prompts)), key=lambda i: (prompts[i].category, prompts[i].challenge, i))
+    chosen = sorted(alike[number * len(prompts) // count] for number in range(count))
+    return [prompts[index] for index in chosen]
 
 
 def _named(name: str) -> list[StudyPrompt]:
