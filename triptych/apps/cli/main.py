@@ -17,19 +17,24 @@ import typer
 
 from triptych.apps.cli import (
     bench,
+    canny,
     compare,
     convert,
     decode,
     encode,
     evaluate,
     generate,
+    identity,
     img2img,
     info,
+    inpaint,
     lora,
     models,
+    outpaint,
     reconstruct,
     study,
     train,
+    upscale,
     vary,
 )
 from triptych.errors import TriptychError, nearest
@@ -70,6 +75,11 @@ def root(
 app.command(help=generate.HELP)(generate.generate)
 app.command(help=vary.HELP)(vary.vary)
 app.command(help=img2img.HELP)(img2img.img2img)
+app.command(help=inpaint.HELP)(inpaint.inpaint)
+app.command(help=outpaint.HELP)(outpaint.outpaint)
+app.command(help=canny.HELP)(canny.canny)
+app.command(help=upscale.HELP)(upscale.upscale)
+app.command(help=identity.HELP)(identity.identity)
 app.command(help=encode.HELP)(encode.encode)
 app.command(help=decode.HELP)(decode.decode)
 app.command(help=reconstruct.HELP)(reconstruct.reconstruct)
