@@ -60,6 +60,13 @@ class Plan:
 
 def measure(stage: str, shapes: Mapping[str, tuple[int, ...]], header: Header, working: int) -> Need:
     """The need of a stage with tensors of these shapes, stored as the file of `header` stores numbers."""
+    kept = [(entry.end - entry.start, math.prod(entry.shape)) for entry in header.entries.values()]
+    per_number = sum(size for size, _ in kept) / max(1, sum(count for _, count in kept))
+    return need_of(stage, shapes, per_number, working)
+
+
+def need_of(stage: str, shapes: Mapping[str, tuple[int, ...]], per_number: float, working: int) -> Need:
+    """The need of a stage whose file holds `per_number` bytes for each number."""
     blocks: defaultdict[str, int] = defaultdict(int)
     numbers = 0
     for name, shape in shapes.items():
@@ -68,8 +75,6 @@ def measure(stage: str, shapes: Mapping[str, tuple[int, ...]], header: Header, w
         match = _BLOCK.search(name)
         if match:
             blocks[match[1]] += count
-    kept = [(entry.end - entry.start, math.prod(entry.shape)) for entry in header.entries.values()]
-    per_number = sum(size for size, _ in kept) / max(1, sum(count for _, count in kept))
     inside = sum(blocks.values())
     largest = max(blocks.values(), default=0)
     return Need(stage, numbers, round(numbers * per_number), largest, numbers - inside, working)
@@ -104,9 +109,9 @@ def plan(needs: Iterable[Need], item: int, free: int, low_memory: bool = False) 
     """
     needs = list(needs)
     room = int(free * HEADROOM)
-    kept = sum(need.numbers * item for need in needs) + max(need.working for need in needs)
-    if not low_memory and kept <= room:
-        return Plan({need.stage: "resident" for need in needs}, keep=True)
+    together = Plan({need.stage: "resident" for need in needs}, keep=True)
+    if not low_memory and peak(needs, together, item) <= room:
+        return together
     places: tuple[Weights, ...] = ("streamed",) if low_memory else ("resident", "narrow", "streamed")
     chosen: dict[str, Weights] = {}
     for need in needs:
@@ -115,6 +120,14 @@ def plan(needs: Iterable[Need], item: int, free: int, low_memory: bool = False) 
             return None
         chosen[need.stage] = fitting[0]
     return Plan(chosen, keep=False)
+
+
+def peak(needs: Iterable[Need], chosen: Plan, item: int) -> int:
+    """Bytes in use at the fullest moment of a plan."""
+    needs = list(needs)
+    if chosen.keep:
+        return sum(need.numbers * item for need in needs) + max(need.working for need in needs)
+    return max(need.bytes(chosen.weights[need.stage], item) for need in needs)
 
 
 def refusal(needs: Iterable[Need], item: int, free: int, device: str, advice: str) -> CapacityError:
