@@ -21,6 +21,7 @@ from triptych.apps.cli import (
     compare,
     convert,
     decode,
+    doctor,
     encode,
     evaluate,
     generate,
@@ -31,6 +32,7 @@ from triptych.apps.cli import (
     lora,
     models,
     outpaint,
+    prepare,
     reconstruct,
     study,
     train,
@@ -83,11 +85,13 @@ app.command(help=identity.HELP)(identity.identity)
 app.command(help=encode.HELP)(encode.encode)
 app.command(help=decode.HELP)(decode.decode)
 app.command(help=reconstruct.HELP)(reconstruct.reconstruct)
+app.command(help=prepare.HELP)(prepare.prepare)
 app.command(help=train.HELP)(train.train)
 app.command(help=evaluate.HELP)(evaluate.evaluate)
 app.command(help=compare.HELP)(compare.compare)
 app.command(help=study.HELP)(study.study)
 app.command(help=bench.HELP)(bench.bench)
+app.command(help=doctor.HELP)(doctor.doctor)
 app.command(help=models.HELP)(models.models)
 app.command(help=info.HELP)(info.info)
 app.command(help=convert.HELP)(convert.convert)
