@@ -110,7 +110,8 @@ class TextEncoder:
         """The tower's own vectors (n, token width) of the tokens of `text`, float32."""
         owner, name = self.tower.token_table()
         table = owner.get_submodule(name)
-        ids = torch.tensor([self.tokenizer.ids(text)], device=next(self.tower.parameters()).device)
+        device = next(self.tower.parameters()).device
+        ids = torch.tensor([self.tokenizer.ids(text)], dtype=torch.long, device=device)
         with torch.no_grad():
             return cast(Tensor, table(ids)[0].float())
 

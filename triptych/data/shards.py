@@ -203,6 +203,16 @@ class ShardIndex:
             entry = self._entries[index]
             raise DataError(f"{entry.shard}: {entry.key}.json cannot be read ({error}).") from error
 
+    def content(self, index: int) -> tuple[bytes, str]:
+        """The bytes of sample `index`'s picture file, and its main caption, "" without one."""
+        entry = self._entries[index]
+        assert entry.picture is not None
+        try:
+            text = "" if entry.text is None else self._files.read(entry.text).decode("utf-8").strip()
+            return self._files.read(entry.picture), text
+        except (OSError, ValueError) as error:
+            raise DataError(f"{entry.shard}: sample {entry.key} cannot be read ({error}).") from error
+
     def size(self, index: int) -> tuple[int, int] | None:
         """Height and width from the picture's header; None when that cannot be read."""
         entry = self._entries[index]

@@ -27,6 +27,17 @@ def p2_weight(logsnr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
     return (k + logsnr.exp()) ** -gamma
 
 
+def min_snr_weight(logsnr: Tensor, prediction: str, gamma: float = 5.0) -> Tensor:
+    """Loss weight of x0 clipped at `gamma`, turned into that of the "eps", "v" or "x0" target, any shape.
+
+    [Hang et al. 2023, Min-SNR, eq. 8 and section 3.4]: min(snr, gamma) for x0, over snr for eps, over
+    snr + 1 for v.
+    """
+    snr = logsnr.exp()
+    clipped = snr.clamp(max=gamma)
+    return {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1)}[prediction]
+
+
 class AdaptiveWeight:
     """Weights that even out the loss over noise levels: 1 / running loss of the sample's logsnr bucket.
 

@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RecipeName = Literal["stage_a", "semantic", "image_encoder", "stage_b", "stage_c"]
+RecipeName = Literal["stage_a", "semantic", "image_encoder", "stage_b", "stage_c", "lora", "controlnet"]
 
 
 class Settings(BaseModel):
@@ -64,6 +64,7 @@ class PartsSettings(Settings):
     """Weight files of frozen parts; a name such as "mini" takes the part of that model."""
 
     stage_a: str = Field("mini", description="Stage A, for Stage B")
+    stage_c: str = Field("mini", description="the frozen Stage C of a ControlNet")
     semantic: str = Field("mini", description="semantic encoder, for Stages B and C")
     previewer: str = Field("mini", description="previewer, for the sample grids of Stage C")
     text_encoder: str = Field("mini", description="text encoder")
@@ -88,7 +89,9 @@ class DiffusionSettings(Settings):
     """Stages B and C: what is predicted, how it is weighted, what is dropped."""
 
     prediction: Literal["eps", "v", "x0"] = Field("eps", description="what the network answers")
-    weight: Literal["p2", "adaptive", "none"] = Field("p2", description="loss weight over noise levels")
+    weight: Literal["p2", "adaptive", "min_snr", "none"] = Field(
+        "p2", description="loss weight over noise levels"
+    )
     offset_noise: float = Field(0.0, ge=0, description="weight of noise that is constant per channel")
     pyramid_noise: bool = Field(True, description="coarse structure in Stage B's noise, as published")
     drop_text: float = Field(0.05, ge=0, le=1, description="share of captions replaced by the empty one")
@@ -102,6 +105,50 @@ class DiffusionSettings(Settings):
     )
     semantic_scale: tuple[float, float] = Field((0.5, 1.0), description="Stage B: range of f, see the docs")
     sampling: dict[str, Any] = Field(default_factory=dict, description="defaults written for generation")
+
+
+class ControlSettings(Settings):
+    """What a ControlNet is told (recipe "controlnet")."""
+
+    hint: str = Field("canny", description="kind of hint, such as canny, inpainting, super_resolution")
+    pretrained: bool = Field(True, description="its EfficientNet begins as the semantic encoder's")
+    box_share: float = Field(0.0, ge=0, le=1, description="inpainting: share of masks that are boxes")
+    shrink: Literal["nearest", "area"] = Field(
+        "nearest", description="super-resolution: how pictures are made small; nearest as published"
+    )
+    saliency: str | None = Field(None, description="inpainting: a saliency network; none: contrast")
+    pidinet: str | None = Field(None, description="soft edges: the edge network")
+    face_model: str | None = Field(None, description="identity: an ONNX file that reads faces")
+    face_detector: str | None = Field(None, description="identity: an ONNX file that finds faces")
+
+
+class LoraSettings(Settings):
+    """Teaching a base network a subject or a style (recipe "lora")."""
+
+    model: str = Field("mini", description="the model that is taught; gives all frozen parts")
+    parts: tuple[Literal["stage_c", "stage_b"], ...] = Field(("stage_c",), min_length=1)
+    kind: Literal["lora", "dora", "rslora", "loha", "lokr"] = Field("lora", description="of change, by peft")
+    rank: int = Field(16, ge=1, description="inner side of each change")
+    alpha: float = Field(16.0, gt=0, description="its strength is alpha / rank (rslora: / sqrt(rank))")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the change while training")
+    modules: tuple[str, ...] = Field(("attn",), min_length=1, description="parts of names of the matrices")
+    token: bool = Field(True, description="also learn a token [name] for prompts")
+    token_vectors: int = Field(1, ge=1, le=32, description="vectors the token stands for")
+    word: str = Field("object", description="the word the token starts from, and of what the subject is one")
+    templates: tuple[str, ...] = Field(
+        ("a picture of {token}", "a drawing of {token}", "{token}"), min_length=1,
+        description="captions of pictures that have none",
+    )  # fmt: skip
+    caption: str = Field("{token}, {caption}", description="caption of a picture that has one")
+    prior: float = Field(1.0, ge=0, description="weight of prior preservation; 0 leaves it out")
+    prior_pictures: int = Field(16, ge=1, description="pictures the base draws for it, before training")
+    prior_prompts: tuple[str, ...] = Field(
+        ("a picture of {word}", "a red apple", "a blue circle", "a green tree", "a yellow star", "a house",
+         "a smiling face", ""), min_length=1, description="what it draws them for",
+    )  # fmt: skip
+    layout: Literal["kohya", "onetrainer", "comfyui", "diffusers", "official"] = Field(
+        "kohya", description="names in the file that is written"
+    )
 
 
 class RunSettings(Settings):
@@ -139,6 +186,8 @@ class RunSettings(Settings):
     parts: PartsSettings = PartsSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
+    control: ControlSettings = ControlSettings()
+    lora: LoraSettings = LoraSettings()
 
 
 def read_settings(path: Path, changes: Sequence[str] = ()) -> RunSettings:
@@ -158,7 +207,20 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> RunSettings:
         apply_change(raw, change)
     out = raw.get("out")
     places = {"here": str(path.parent), "out": str(out)}
-    return check_settings(substitute(raw, places), str(path))
+    raw = substitute(raw, places)
+    if isinstance(raw.get("sample_prompts"), list):  # a recipe for any name shows its token by {token}
+        token = f"[{raw.get('name', '')}]"
+        raw["sample_prompts"] = [str(prompt).replace("{token}", token) for prompt in raw["sample_prompts"]]
+    return check_settings(raw, str(path))
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a recipe that comes with the package. Raises SettingsError naming those that do."""
+    folder = Path(__file__).parent.parent / "recipes"
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    if name not in known:
+        raise SettingsError(f'--recipe "{name}": {nearest(name, known)}.')
+    return folder / f"{name}.toml"
 
 
 def apply_change(raw: dict[str, Any], change: str) -> None:

@@ -6,6 +6,7 @@ A continued run first drops the lines after its checkpoint, so the log never sho
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ import torch
 
 from triptych.training.config import RunSettings
 from triptych.training.task import Losses
+
+try:
+    import resource
+except ImportError:  # Windows has no such count
+    resource = None  # type: ignore[assignment]
 
 LEVELS = 10  # bins of t in [0, 1] in which losses are averaged
 
@@ -61,6 +67,9 @@ class RunLog:
         line["seconds_left"] = (now - self.first_time) / max(done, 1) * (self.settings.steps - step)
         if any(self.per_level):
             line["loss_by_t"] = [sum(v) / len(v) if v else None for v in self.per_level]
+        if resource is not None:  # kilobytes, but bytes on macOS
+            unit = 1 if sys.platform == "darwin" else 1024
+            line["memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if torch.cuda.is_available():
             line["gpu_bytes"] = torch.cuda.max_memory_allocated()
         self.file.write(json.dumps(line) + "\n")

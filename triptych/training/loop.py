@@ -31,6 +31,7 @@ from triptych.training.optim import (
     update_ema,
 )
 from triptych.training.recipes import build_task
+from triptych.training.report import write_report
 from triptych.training.state import State, load_strictly
 from triptych.training.task import Losses, Task
 
@@ -112,6 +113,8 @@ def run(
             save_samples(task, state, out)
         if state.step % settings.save_every == 0 or last:
             save(settings, task, state, out)
+        if state.step % min(settings.save_every, settings.sample_every) == 0 or last:
+            write_report(out, settings, task.skipped())
 
 
 def update(
@@ -167,7 +170,10 @@ def save(settings: RunSettings, task: Task, state: State, out: Path) -> None:
     state.save(out)
     for part, average in state.averages.items():
         info = replace(task.info(part, average), step=state.step)
-        write_part(out / f"{part}.safetensors", average.state_dict(), info, STORE[settings.store])
+        if task.write is not None:
+            task.write(out, part, average, info)
+        else:
+            write_part(out / f"{part}.safetensors", average.state_dict(), info, STORE[settings.store])
     (out / "settings.json").write_text(json.dumps(settings.model_dump(), indent=1), encoding="utf-8")
     skipped = task.skipped()
     if skipped:

@@ -20,7 +20,7 @@ from triptych.checkpoints.files import PartInfo
 from triptych.checkpoints.load import config_fields
 from triptych.data.batches import Batch, BatchPlan
 from triptych.diffusion.denoiser import Denoiser, Guidance
-from triptych.diffusion.loss import AdaptiveWeight, p2_weight, per_sample_loss
+from triptych.diffusion.loss import AdaptiveWeight, min_snr_weight, p2_weight, per_sample_loss
 from triptych.diffusion.prediction import Prediction, add_noise, offset_noise, pyramid_noise, target
 from triptych.diffusion.samplers import SAMPLERS
 from triptych.diffusion.schedule import Schedule, training_times
@@ -53,6 +53,14 @@ WHOLE_BATCH = 2**31  # a place that no sample has, for draws that a batch shares
 def build_task(settings: RunSettings, device: torch.device, progress: Callable[[int, int], None]) -> Task:
     """Networks, data and loss of a run. `progress(done, of)` is told how far a cache is."""
     pictures = Pictures(settings)
+    if settings.recipe == "lora":
+        from triptych.training.lora import lora_task  # it uses what follows here
+
+        return lora_task(settings, pictures, device, progress)
+    if settings.recipe == "controlnet":
+        from triptych.training.control import controlnet_task  # it uses what follows here
+
+        return controlnet_task(settings, pictures, device, progress)
     if settings.recipe in ("stage_b", "stage_c"):
         return diffusion_task(settings, pictures, device, progress)
     from_pixels = {"stage_a": stage_a_task, "semantic": semantic_task, "image_encoder": image_encoder_task}
@@ -266,7 +274,7 @@ def encode_batch(
 
 def stage_c_loss(
     settings: RunSettings,
-    network: StageC,
+    network: Callable[..., Tensor],
     encoded: Encoded,
     draws: Draws,
     adaptive: AdaptiveWeight,
@@ -349,8 +357,15 @@ def diffusion_losses(
         weights = adaptive(logsnr)
         adaptive.update(logsnr, per_sample)
     else:
-        weights = p2_weight(logsnr) if weight == "p2" else torch.ones_like(logsnr)
+        weights = loss_weight(weight, prediction, logsnr)
     return Losses((weights * per_sample).mean(), per_sample.detach(), t)
+
+
+def loss_weight(name: str, prediction: Prediction, logsnr: Tensor) -> Tensor:
+    """Weights (B,) of samples at logsnr (B,)."""
+    if name == "p2":
+        return p2_weight(logsnr)
+    return min_snr_weight(logsnr, prediction) if name == "min_snr" else torch.ones_like(logsnr)
 
 
 def drop_text(encoded: Encoded, dropped: Tensor, encoders: Encoders) -> tuple[Tensor, Tensor]:

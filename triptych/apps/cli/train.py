@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,30 +27,58 @@ Examples:
   triptych train recipes/mini
 
   triptych train run.toml --set steps=20000 --set optim.lr=3e-4
+
+  triptych train --recipe lora --data my_pictures --name mydog
 """
 
-ORDER = ("stage_a", "semantic", "image_encoder", "stage_b", "stage_c")  # B and C need the others' weights
+ORDER = (
+    "stage_a",
+    "semantic",
+    "image_encoder",
+    "stage_b",
+    "stage_c",
+    "lora",
+    "controlnet",
+)  # B and C need the others' weights
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 def train(
     recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", help="recipe files, or folders of them")
-    ],
+        list[Path] | None, typer.Argument(metavar="RECIPE...", help="recipe files, or folders of them")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="a recipe that comes with the package, in place of a file: lora")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="a folder or tar shard of pictures, for --recipe; repeatable")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="what is taught: [NAME] in prompts, and NAME.safetensors", metavar="NAME"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the model that is taught, for --recipe")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting (repeatable)")
     ] = None,
 ) -> None:
     """See HELP."""
     from triptych.errors import SettingsError
-    from triptych.training.config import read_settings
+    from triptych.training.config import read_settings, shipped_recipe
 
     files: list[Path] = []
-    for path in recipes:
+    for path in recipes or []:
         files += sorted(path.glob("*.toml")) if path.is_dir() else [path]
+    given = list(changes or [])
+    if recipe is not None:
+        files, given = [shipped_recipe(recipe)], [*shorthand(recipe, data, name, model), *given]
+    elif data or name or model:
+        raise SettingsError(
+            "--data, --name and --model go with --recipe; in a file, use --set data.shards=..."
+        )
     if not files:
-        raise SettingsError(f"{recipes[0]} holds no recipe: expected .toml files.")
-    runs = [read_settings(file, changes or []) for file in files]  # all are checked before the first trains
+        raise SettingsError("There is no recipe: name a .toml file, a folder of them, or --recipe lora.")
+    runs = [read_settings(file, given) for file in files]  # all are checked before the first trains
     runs.sort(key=lambda settings: ORDER.index(settings.recipe))
     from triptych.training.loop import train as run
 
@@ -61,6 +90,30 @@ def train(
         with shown_progress() as watch:
             folder = run(settings, watch)
         typer.echo(f"{label}: weights, log and samples are in {folder}")
+        if recipe is not None and settings.recipe == "lora":
+            hand_over(folder, settings.name)
+
+
+def shorthand(recipe: str, data: list[Path] | None, name: str | None, model: str | None) -> list[str]:
+    """The settings that --data, --name and --model stand for."""
+    from triptych.errors import SettingsError
+
+    if not data or not name:
+        raise SettingsError(
+            f"--recipe {recipe} needs --data, a folder of pictures, and --name, what they are to be called."
+        )
+    shards = ", ".join(json.dumps(str(path)) for path in data)
+    given = [f"data.shards=[{shards}]", f"name={json.dumps(name)}", f"out={json.dumps(f'runs/{name}')}"]
+    return [*given, f"{recipe}.model={json.dumps(model)}"] if model else given
+
+
+def hand_over(folder: Path, name: str) -> None:
+    """Copy the finished file to the current folder and show how it is used."""
+    import shutil
+
+    target = Path(f"{name}.safetensors")
+    shutil.copyfile(folder / target, target)
+    typer.echo(f'Try: triptych generate "a picture of [{name}]" --lora {target}')
 
 
 @contextmanager

@@ -1,0 +1,141 @@
+"""Teaching a LoRA: every kind learns, only what is taught is kept, and generation sees what training saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cascade import write_tiny_cascade
+
+from triptych.checkpoints.catalog import find_model
+from triptych.checkpoints.files import read_tensors
+from triptych.checkpoints.load import load_part
+from triptych.checkpoints.lora import read_lora
+from triptych.diffusion.loss import min_snr_weight
+from triptych.errors import SettingsError
+from triptych.models.lora import merge
+from triptych.training.config import RunSettings, read_settings, shipped_recipe
+from triptych.training.loop import Progress, train
+from triptych.training.lora import build_base, following, worded
+from triptych.training.state import under
+
+pytest.importorskip("peft")
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny" / "lora.toml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_cascade(tmp_path_factory.mktemp("model"))
+
+
+def settings(model: Path, out: Path, *changes: str) -> RunSettings:
+    common = [f"out={out}", "tensorboard=false", f"lora.model={model}", "data.size=64", "log_every=1"]
+    return read_settings(RECIPE, [*common, *changes])
+
+
+def shapes(model: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    found = {}
+    for part in ("stage_c", "stage_b"):
+        network, _ = load_part(model / f"{part}.safetensors", part)
+        found[part] = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return found
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["lora.loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "loha", "lokr"])
+def test_what_a_run_writes_is_the_network_that_it_trained(kind: str, model: Path, tmp_path: Path) -> None:
+    run = settings(
+        model, tmp_path, "steps=3", "save_every=3", "sample_every=100", f"lora.kind={kind}", "ema.start=100",
+        "lora.prior=0.0", "lora.modules=['attn', 'embedding.1']", "optim.lr=0.1", "lora.alpha=3",
+    )  # fmt: skip
+    train(run)
+    lora = read_lora(tmp_path / "tiny.safetensors", shapes(model))
+    files = find_model(str(model))
+    base = build_base(following(run, files), files, torch.device("cpu"))
+    state = under(read_tensors(tmp_path / "state.safetensors"), "network.lora.")
+    live = [p for p in base.networks["stage_c"].parameters() if p.requires_grad]
+    with torch.no_grad():
+        for index, parameter in enumerate(live):
+            parameter.copy_(state[f"values.{index}"])
+    plain, _ = load_part(model / "stage_c.safetensors", "stage_c", dtype=torch.float32)
+    given = (torch.randn(2, 16, 2, 2), torch.tensor([0.3, 0.8]), torch.randn(2, 8, 384), torch.randn(2, 384))
+    with torch.no_grad():
+        before = plain(*given)
+        merge(plain, [(change, 1.0) for change in lora.changes["stage_c"]])
+        after, trained = plain(*given), base.networks["stage_c"](*given)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, trained, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(lora.tokens["[tiny]"], state[f"values.{len(live)}"])
+    assert lora.info.licence == "CC0-1.0"
+
+
+def test_stages_c_and_b_learn_together_and_a_stopped_run_continues_bit_for_bit(
+    model: Path, tmp_path: Path
+) -> None:
+    changes = ("steps=4", "save_every=2", "sample_every=4", "lora.parts=['stage_c', 'stage_b']")
+
+    def stop(progress: Progress) -> None:
+        if progress.what == "train" and progress.step == 3:
+            raise InterruptedError
+
+    train(settings(model, tmp_path / "whole", *changes))
+    with pytest.raises(InterruptedError):
+        train(settings(model, tmp_path / "broken", *changes), stop)
+    train(settings(model, tmp_path / "broken", *changes))
+    for file in ("state.safetensors", "tiny.safetensors"):
+        whole, broken = (read_tensors(tmp_path / name / file) for name in ("whole", "broken"))
+        assert whole.keys() == broken.keys()
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert set(read_lora(tmp_path / "whole" / "tiny.safetensors", shapes(model)).changes) == {
+        "stage_c",
+        "stage_b",
+    }
+    assert (tmp_path / "whole" / "samples" / "0000004.png").exists()
+
+
+def test_training_from_a_cache_gives_the_same_losses(model: Path, tmp_path: Path) -> None:
+    changes = ("steps=3", "save_every=3", "sample_every=100", "data.random_crop=false", "lora.prior=0.0")
+    train(settings(model, tmp_path / "live", *changes))
+    train(settings(model, tmp_path / "cached", *changes, f"data.cache={tmp_path}/cache"))
+    assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "cached"), rel=2e-3)
+
+
+def test_captions_carry_the_token(model: Path, tmp_path: Path) -> None:
+    run = settings(model, tmp_path)
+    assert worded(run, (), 0, 0) in [t.format(token="[tiny]") for t in run.lora.templates]
+    assert worded(run, ("a dog",), 0, 0) == "[tiny], a dog"
+    assert worded(run, ("my [tiny] dog",), 0, 0) == "my [tiny] dog"
+    plain = settings(model, tmp_path, "lora.token=false")
+    assert worded(plain, ("a dog",), 0, 0) == "a dog"
+
+
+def test_min_snr_is_the_clipped_weight_of_x0() -> None:
+    logsnr = torch.tensor([-3.0, 0.0, 4.0])
+    snr = logsnr.exp()
+    torch.testing.assert_close(min_snr_weight(logsnr, "eps"), torch.minimum(snr, torch.tensor(5.0)) / snr)
+    torch.testing.assert_close(min_snr_weight(logsnr, "v") * (snr + 1), min_snr_weight(logsnr, "x0"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("lora.modules=['nothing']", "no matrix of stage_c"),
+        ("lora.kind=locon", "lora.kind"),
+        ("lora.word=''", "starts from a word"),
+        ("name=''", "needs a name"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(change: str, said: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=said):
+        train(settings(model, tmp_path, change))
+
+
+def test_the_shipped_recipe_knows_its_token() -> None:
+    assert read_settings(shipped_recipe("lora"), ["name=mydog"]).sample_prompts[0] == "a picture of [mydog]"
+    with pytest.raises(SettingsError, match=r"Known: .*lora"):
+        shipped_recipe("none")

@@ -1,0 +1,392 @@
+"""Teaching Stage C (and B) a subject or a style: small changes of a frozen base, and a word for it.
+
+The changes are peft's (LoRA, DoRA, rsLoRA, LoHa, LoKr), put into the base network's own layers; a learned
+token stands in the text tower's input. Only these learn, and only these are kept by the run. What other
+prompts draw is held in place by prior preservation [Ruiz 2023, DreamBooth, eq. 2]: pictures that the base
+drew itself, on which the changed network must go on answering what the base answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from triptych.checkpoints.catalog import ModelFiles, find_model
+from triptych.checkpoints.files import PartInfo, read_tensors, write_tensors
+from triptych.checkpoints.load import load_part
+from triptych.checkpoints.lora import Lora
+from triptych.checkpoints.lora_keys import matrices, split_name
+from triptych.checkpoints.lora_write import write_lora
+from triptych.conditioning.encode import TextEncoder
+from triptych.data.batches import BatchPlan, draws
+from triptych.diffusion.loss import AdaptiveWeight
+from triptych.diffusion.prediction import add_noise
+from triptych.diffusion.schedule import Schedule, training_times
+from triptych.errors import MissingExtra, SettingsError
+from triptych.models.lora import Change, TokenTable
+from triptych.training.config import LoraSettings, RunSettings
+from triptych.training.draws import Draws
+from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders
+from triptych.training.recipes import (
+    open_diffusion_cache,
+    sample_stage_c,
+    stage_b_loss,
+    stage_c_loss,
+)
+from triptych.training.sources import Pictures
+from triptych.training.task import Losses, Task
+
+WORDING = 5  # what a draw is for, after those of data/batches.py and sources.py
+PRIOR_PLACES = 2**32  # prior samples draw beside the pictures of a batch, never like them
+PRIOR_FILE = "prior.safetensors"
+
+
+class Learned(nn.Module):
+    """Everything that learns, as one module: the very parameters that stand in networks and text tower."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.names = list(parameters)
+        self.values = nn.ParameterList(parameters.values())
+
+    def named(self) -> dict[str, Tensor]:
+        """Parameters by their names inside the networks."""
+        return dict(zip(self.names, self.values, strict=True))
+
+
+@dataclasses.dataclass
+class Base:
+    """The frozen networks with adapters in them, and the text encoder that knows the new token."""
+
+    networks: dict[str, nn.Module]
+    infos: dict[str, PartInfo]
+    encoders: Encoders
+    table: TokenTable | None
+    scale: float  # of every change, when it is written
+    files: ModelFiles
+
+
+def lora_task(
+    settings: RunSettings, pictures: Pictures, device: torch.device, progress: Callable[[int, int], None]
+) -> Task:
+    """Adapters and a token on a frozen base. Raises MissingExtra without peft."""
+    own = settings.lora
+    files = find_model(own.model)
+    settings = following(settings, files)
+    base = build_base(settings, files, device)
+    learned = Learned(learning(base))
+    text = base.encoders.text
+    assert text is not None
+    captions = [
+        sample.captions if sample else () for sample in map(pictures.source.read, range(len(pictures.source)))
+    ]
+    needed = needed_parts(own)
+    cache = open_diffusion_cache(settings, pictures, base.encoders, needed, device, progress)
+    prior = open_prior(settings, base, Path(settings.out), device, progress) if own.prior else None
+    adaptive = AdaptiveWeight()
+
+    def load(plan: BatchPlan, places: Sequence[int]) -> tuple[BatchPlan, Sequence[int], Any]:
+        return plan, places, None if cache else pictures.load(plan, places).pixels
+
+    def loss(player: str, batch: Any, noise: Draws, step: int) -> Losses:
+        plan, places, pixels = batch
+        samples = [plan.samples[place] for place in places]
+        told = [
+            worded(settings, captions[s], plan.step, place) for s, place in zip(samples, places, strict=True)
+        ]
+        hidden, pooled = text.encode_with_gradient(told)
+        if cache is not None:
+            latents_c = cache.stack("c", samples)
+            latents_b = cache.stack("b", samples) if "stage_b" in own.parts else None
+        else:
+            latents_c, latents_b, _ = encode_pictures(base.encoders, pixels.to(device))
+        encoded = Encoded(latents_c, latents_b, hidden, pooled, None)
+        losses = None
+        for part in own.parts:
+            loss_of: Any = stage_c_loss if part == "stage_c" else stage_b_loss
+            network = base.networks[part]
+            one = loss_of(settings, network, encoded, noise, adaptive, base.encoders, device)
+            losses = one if losses is None else dataclasses.replace(losses, total=losses.total + one.total)
+        assert losses is not None
+        if prior is not None:
+            held = prior_loss(
+                settings, base, prior, Draws(settings.seed, step, [PRIOR_PLACES + p for p in places]), device
+            )
+            terms = {"prior": held.detach()}
+            losses = dataclasses.replace(losses, total=losses.total + own.prior * held, terms=terms)
+        return losses
+
+    def sample(trained: dict[str, nn.Module], out: Path) -> Image.Image | None:
+        if "stage_c" not in own.parts:
+            return None
+        with shown(learned, trained["lora"]), torch.no_grad():
+            return sample_stage_c(settings, base.networks["stage_c"], base.encoders, pictures, device)
+
+    def info(part: str, network: nn.Module) -> PartInfo:
+        return lora_info(settings, base)
+
+    def write(out: Path, part: str, network: nn.Module, stated: PartInfo) -> None:
+        name = settings.name or "lora"
+        write_lora(out / f"{name}.safetensors", as_lora(settings, base, network, stated), own.layout)
+
+    return Task(
+        {"lora": learned}, pictures.order(cache.buckets if cache else None), load, loss, info, sample,
+        players={"lora": ["lora"]}, tables={"adaptive": adaptive}, skipped=pictures.skipped, write=write,
+    )  # fmt: skip
+
+
+def following(settings: RunSettings, files: ModelFiles) -> RunSettings:
+    """The settings with what the base decides: its parts, prediction and sampling defaults."""
+    from triptych.checkpoints.load import describe_part
+
+    if settings.lora.token and not settings.name:
+        raise SettingsError("A learned token needs a name for the run: give --name, or name in the file.")
+    stated = describe_part(files.stage_c, "stage_c").settings
+    parts = {part: str(getattr(files, part)) for part in ("stage_a", "semantic", "text_encoder", "previewer")
+             if getattr(files, part) is not None}  # fmt: skip
+    diffusion = settings.diffusion.model_copy(
+        update={"prediction": stated["prediction"], "sampling": {**stated, **settings.diffusion.sampling}}
+    )
+    return settings.model_copy(
+        update={"parts": settings.parts.model_copy(update=parts), "diffusion": diffusion}
+    )
+
+
+def needed_parts(own: LoraSettings) -> list[str]:
+    return ["semantic", "text_encoder", *(["stage_a"] if "stage_b" in own.parts else [])]
+
+
+def build_base(settings: RunSettings, files: ModelFiles, device: torch.device) -> Base:
+    """Frozen networks in the precision of their files, adapters in float32."""
+    own = settings.lora
+    encoders = load_encoders(settings.parts, needed_parts(own), device)
+    assert encoders.text is not None
+    networks: dict[str, nn.Module] = {}
+    infos: dict[str, PartInfo] = {}
+    scale = 1.0
+    for part in own.parts:
+        network, infos[part] = load_part(getattr(files, part), part, device=device, dtype=torch.float32)
+        network.requires_grad_(False).eval()
+        scale = inject(network, own, part)
+        networks[part] = network.to(device)
+    for parameter in encoders.text.tower.parameters():
+        parameter.requires_grad_(False)
+    table = teach(encoders.text, own, settings.name) if own.token else None
+    return Base(networks, infos, encoders, table, scale, files)
+
+
+def inject(network: nn.Module, own: LoraSettings, part: str) -> float:
+    """Put peft's adapters on the chosen matrices of a network; returns the scale of each change."""
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtra("peft", "train", "Training a LoRA") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    targets = [name for name in matrices(shapes, shapes) if any(word in name for word in own.modules)]
+    if not targets:
+        raise SettingsError(f"lora.modules = {list(own.modules)}: no matrix of {part} has such a name.")
+    alpha: Any = own.alpha  # peft's hint says int, its arithmetic takes any number
+    common: dict[str, Any] = {"r": own.rank, "target_modules": targets}
+    if own.kind == "loha":
+        config: Any = peft.LoHaConfig(**common, alpha=alpha, module_dropout=own.dropout)
+    elif own.kind == "lokr":
+        config = peft.LoKrConfig(**common, alpha=alpha, module_dropout=own.dropout)
+    else:
+        config = peft.LoraConfig(
+            **common, lora_alpha=alpha, lora_dropout=own.dropout, use_dora=own.kind == "dora",
+            use_rslora=own.kind == "rslora",
+        )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(config, network)
+    return own.alpha / (own.rank**0.5 if own.kind == "rslora" else own.rank)
+
+
+def teach(text: TextEncoder, own: LoraSettings, name: str) -> TokenTable:
+    """Make the text encoder know `[name]`, starting from a word."""
+    start = text.token_vectors(own.word)
+    if not len(start):
+        raise SettingsError(f'lora.word = "{own.word}": a token starts from a word, and this is none.')
+    vectors = start.mean(0, keepdim=True).repeat(own.token_vectors, 1)
+    if own.token_vectors > 1:  # alike vectors would learn alike
+        generator = torch.Generator().manual_seed(0)
+        vectors = vectors + 0.01 * torch.randn(vectors.shape, generator=generator).to(vectors)
+    table = text.learn({token_name(name): vectors})
+    assert table is not None
+    return table
+
+
+def token_name(name: str) -> str:
+    """What the token of a run is called in prompts."""
+    return f"[{name}]"
+
+
+def learning(base: Base) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    found: dict[str, nn.Parameter] = {}
+    for part, network in base.networks.items():
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                found[f"{part}.{name}"] = parameter
+    if base.table is not None:
+        base.table.vectors.requires_grad_(True)
+        found["token"] = base.table.vectors
+    return found
+
+
+def worded(settings: RunSettings, captions: Sequence[str], step: int, place: int) -> str:
+    """What is told of a picture: one of its captions with the token before it, or one of the templates."""
+    own = settings.lora
+    token = token_name(settings.name) if own.token else ""
+    first, second = draws(settings.seed, step, WORDING, place, count=2)
+    given = [caption for caption in captions if caption]
+    if given:
+        caption = given[int(first * len(given))]
+        return caption if not token or token in caption else own.caption.format(token=token, caption=caption)
+    return own.templates[int(second * len(own.templates))].format(token=token or own.word)
+
+
+# What the base draws without the token, and goes on drawing.
+
+
+def open_prior(
+    settings: RunSettings, base: Base, out: Path, device: torch.device, progress: Callable[[int, int], None]
+) -> dict[str, Tensor]:
+    """Latents of pictures that the base draws for the prior prompts, made once and kept beside the run."""
+    from triptych.pipelines.cascade import Cascade
+
+    own = settings.lora
+    prompts = [prompt.format(word=own.word) for prompt in own.prior_prompts]
+    path = out / PRIOR_FILE
+    if not path.exists():
+        cascade = Cascade.load(own.model, device=str(device))
+        latents: dict[str, list[Tensor]] = {"c": [], "b": []}
+        for number in range(own.prior_pictures):
+            size = (settings.data.size, settings.data.size)
+            result = cascade.generate(
+                prompts[number % len(prompts)], seed=number, size=prior_size(base, size)
+            )
+            latents["c"].append(result.latents_c)
+            latents["b"].append(result.latents_b)
+            progress(number + 1, own.prior_pictures)
+        write_tensors(path, {name: torch.cat(rows) for name, rows in latents.items()})
+    prior = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    assert base.encoders.text is not None
+    hidden, pooled = [], []
+    for prompt in prompts:
+        one = base.encoders.text.encode([prompt], windows=max(map(base.encoders.text.count_windows, prompts)))
+        hidden.append(one[0][0])
+        pooled.append(one[1][0])
+    return prior | {"hidden": torch.stack(hidden), "pooled": torch.stack(pooled)}
+
+
+def prior_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
+    """The size in pixels at which the base draws latents like those of training pictures of `size`."""
+    stated = next(iter(base.infos.values())).settings
+    ratio = float(stated.get("pixels_per_latent", 32)) / 32
+    width, height = (max(128, round(side * ratio / 64) * 64) for side in size)
+    return width, height
+
+
+def prior_loss(
+    settings: RunSettings, base: Base, prior: dict[str, Tensor], noise: Draws, device: torch.device
+) -> Tensor:
+    """How far the changed networks' answers to the base's own pictures are from the base's answers, ()."""
+    count, prompts = len(prior["c"]), len(prior["hidden"])
+    rows = (noise.uniform() * count).long()
+    hidden, pooled = (prior[name][rows % prompts].to(device) for name in ("hidden", "pooled"))
+    total = torch.zeros((), device=device)
+    for part in settings.lora.parts:
+        x0 = prior["c" if part == "stage_c" else "b"][rows].to(device)
+        schedule = Schedule()
+        logsnr = schedule.logsnr(training_times(noise.uniform()).to(device))
+        x = add_noise(x0, noise.normal(x0.shape[1:]).to(device), logsnr)
+        beside = (hidden, pooled) if part == "stage_c" else (prior["c"][rows].to(device), pooled)
+        network, time = base.networks[part], schedule.time(logsnr)
+        with torch.no_grad(), without_adapters(network):
+            wanted = network(x, time, *beside)
+        total = total + (network(x, time, *beside) - wanted).float().square().mean()
+    return total
+
+
+@contextmanager
+def without_adapters(network: nn.Module) -> Iterator[None]:
+    """The network as it was before adapters were put on it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextmanager
+def shown(learned: Learned, average: nn.Module) -> Iterator[None]:
+    """The networks with the averaged values in place of those that learn."""
+    values = [value.detach().clone() for value in learned.values]
+    with torch.no_grad():
+        for value, other in zip(learned.values, average.values, strict=True):  # type: ignore[arg-type, call-overload]
+            value.copy_(other)
+        try:
+            yield
+        finally:
+            for value, kept in zip(learned.values, values, strict=True):
+                value.copy_(kept)
+
+
+# The file.
+
+
+def lora_info(settings: RunSettings, base: Base) -> PartInfo:
+    """What the file says of itself; licence and notice are the base's, with the run's own added."""
+    own = settings.lora
+    stated = next(iter(base.infos.values()))
+    licences = dict.fromkeys(text for text in (base.files.licence, settings.licence) if text)
+    notices = dict.fromkeys(text for text in (base.files.notice, settings.notice) if text)
+    told = {"base": own.model, "kind": own.kind, "rank": own.rank, "modules": list(own.modules)}
+    if own.token:
+        told |= {"token": token_name(settings.name), "word": own.word}
+    return PartInfo(
+        "lora", settings=told, recipe=settings.name or settings.recipe, licence="; ".join(licences),
+        notice=" ".join(notices), size=stated.size,
+    )  # fmt: skip
+
+
+def as_lora(settings: RunSettings, base: Base, network: nn.Module, stated: PartInfo) -> Lora:
+    """Peft's parameters as changes of our weights, and the token."""
+    assert isinstance(network, Learned)
+    factors: dict[tuple[str, str], dict[str, Tensor]] = {}
+    tokens: dict[str, Tensor] = {}
+    kinds: set[str] = set()
+    for name, tensor in network.named().items():
+        if name == "token":
+            tokens[token_name(settings.name)] = tensor.detach()
+            continue
+        part, _, rest = name.partition(".")
+        split = split_name(rest)
+        assert split is not None, name
+        module, kind, factor = split
+        kinds |= {kind} - {""}
+        factors.setdefault((part, module), {})[factor] = (
+            tensor.detach().flatten(1) if tensor.ndim > 2 else tensor.detach()
+        )
+    (kind,) = kinds
+    changes: dict[str, list[Change]] = {}
+    for (part, module), own in factors.items():
+        magnitude = own.pop("magnitude", None)
+        length = None if magnitude is None else magnitude.reshape(-1, 1)
+        change = Change(module, kind, own, base.scale, None, length)  # type: ignore[arg-type]
+        changes.setdefault(part, []).append(change)
+    return Lora(changes, tokens, info=stated)
