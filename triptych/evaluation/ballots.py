@@ -35,7 +35,7 @@ QUESTIONS = {
 }
 ANSWERS = ("left", "right", "tie", "skip")
 CHECK = "(degraded)"  # stands for the second system in an attention check
-TRUSTED = 0.75  # least share of attention checks that a voter must get right
+TRUSTED = 0.8  # least share of attention checks that a voter must get right
 VOTER = re.compile(r"[A-Za-z0-9_-]{8,64}")
 
 Row = dict[str, Any]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from triptych.evaluation.distances import frechet_distance
+
 Z95 = 1.959964  # half the width of a normal distribution's middle 95 %
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # [Wang 2004, section III.C]
 PSNR_CEILING = 100.0  # decibels reported for equal pictures
@@ -94,15 +96,5 @@ def mobilenet_paired_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mobilenet_frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two sets of features (N,D), (M,D) taken as Gaussian [Heusel 2017, eq. 6].
-
-    The covariances need more pictures than features to be full; with fewer, compare only sets of equal size.
-    """
-    a, b = a.double(), b.double()
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    # The trace of the root of cov_a cov_b, through a symmetric matrix with the same eigenvalues.
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float(gap + cov_a.trace() + cov_b.trace() - 2 * cross)
+    """`distances.frechet_distance` of MobileNetV2's features (N,D), (M,D)."""
+    return frechet_distance(a, b)

@@ -54,6 +54,15 @@ def shapes_prompts(everything: bool = False) -> dict[str, list[ShapesPrompt]]:
     return {name: [_shapes_prompt(row) for row in _rows(name)] for name in names}
 
 
+def structured_shapes() -> dict[str, list[ShapesPrompt]]:
+    """The structured prompts by kind: single, colours, counting, binding, position."""
+    found: dict[str, list[ShapesPrompt]] = {}
+    for number, row in enumerate(structured_prompts()):
+        known = {**row, "subset": STRUCTURED, "key": f"structured_{number:03d}"}
+        found.setdefault(row["kind"], []).append(_shapes_prompt(known))
+    return found
+
+
 def icon_prompts(everything: bool = False) -> list[IconPrompt]:
     """One prompt for each of the judge's concepts, or every validation caption of them."""
     return [IconPrompt(**row) for row in _rows(FULL_ICONS if everything else ICONS_SET)]

@@ -20,7 +20,7 @@ TITLES = {"alignment": "Prompt alignment", "looks": "Looks"}
 METHOD = (
     "Pictures were drawn with seeds fixed beforehand. Voters saw two at a time, on random sides and in an "
     "order of their own, without any name. Alignment was asked with the prompt, looks without it, apart from "
-    "each other. A tie is half a win for both. Voters who missed more than a quarter of the attention checks "
+    "each other. A tie is half a win for both. Voters who missed more than a fifth of the attention checks "
     "(one picture a degraded twin of the other) are not counted. Intervals are 95 %: of the chart by "
     "bootstrap over prompts, because several votes on one prompt are alike."
 )

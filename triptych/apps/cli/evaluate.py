@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from triptych.evaluation.evaluate import Report
     from triptych.pipelines.cascade import Cascade
 
-HELP = """Measure a model: shapes, icons, reconstruction, variations or img2img.
+HELP = """Measure a model, or the distance between two sets of pictures.
 
 Examples:
 
@@ -30,19 +30,29 @@ Examples:
 
   triptych evaluate variations --data val.tar --count 40 --seeds 2
 
+  triptych evaluate distances --data real --pictures made --features dinov2 --download
+
 shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
 shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
 reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. variations: is the
 concept of an icon still seen in its variations? img2img: how much of a picture is left at each strength?
+canny, inpainting, super_resolution, pixel_super_resolution: how well pictures follow their ControlNet.
+structured: one skill at a time, as GenEval asks: counting, colours, position, binding. distances: Frechet
+(FID, FD), kernel (KID), CMMD, precision and recall of a folder against another; the network comes with the
+package (mobilenet) or is downloaded with --download (clip, dinov2).
 """
 
-KINDS = ("shapes", "icons", "reconstruction", "variations", "img2img")
-DEFAULT_PICTURES = {"reconstruction": 100, "variations": 40, "img2img": 20}
+CONTROLS = ("canny", "inpainting", "super_resolution", "pixel_super_resolution")
+KINDS = ("shapes", "structured", "icons", "reconstruction", "variations", "img2img", *CONTROLS, "distances")
+DEFAULT_PICTURES = {"reconstruction": 100, "variations": 40, "img2img": 20} | dict.fromkeys(CONTROLS, 100)
 PLAIN = ("psnr", "ssim", "distance")  # measures that are no shares
 
 
 def evaluate(
-    what: Annotated[str, Argument(help="shapes, icons, reconstruction, variations or img2img.")],
+    what: Annotated[
+        str,
+        Argument(help="shapes, structured, icons, reconstruction, variations, img2img or distances."),
+    ],
     model: Annotated[str, Option(help="mini, cascade, cascade-lite, a hub name or a folder.")] = "mini",
     stage_c: Annotated[str | None, Option(help="Another Stage C: 3.6b, 1b or a file.")] = None,
     stage_b: Annotated[str | None, Option(help="Another Stage B: 1.5b, 700m or a file.")] = None,
@@ -66,11 +76,26 @@ def evaluate(
     device: Annotated[str, Option(help="auto, cuda, cuda:1, mps or cpu.")] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     batch: Annotated[int | None, Option(help="Pictures that share a network call. [up to 4]")] = None,
-    out: Annotated[Path | None, Option(help="Folder for picture grids and one JSON file per set.")] = None,
+    pictures: Annotated[
+        Path | None, Option(help="For distances: the folder to be judged, or a .npy file of features.")
+    ] = None,
+    features: Annotated[
+        str, Option(help="For distances: mobilenet, clip, dinov2 or a folder; the first of a list.")
+    ] = "mobilenet",
+    download: Annotated[
+        bool, Option("--download", help="For distances: fetch the network if it is not here.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option(help="Folder for picture grids, one JSON file and one of rows per set.")
+    ] = None,
     json_output: Annotated[bool, Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     if what not in KINDS:
         raise RequestError(f'There is nothing to evaluate called "{what}": {nearest(what, KINDS)}.')
+    if what == "distances":
+        return distances(data, pictures, features, download, count, json_output)
+    if pictures is not None:
+        raise RequestError(f"--pictures is for distances only; {what} makes its own.")
     if data is not None and what not in DEFAULT_PICTURES:
         raise RequestError(
             f"--data is for {', '.join(DEFAULT_PICTURES)} only; {what} has prompts of its own."
@@ -103,6 +128,7 @@ def evaluate(
             show(report)
     if json_output:
         typer.echo(json.dumps([report.as_json() for report in reports], ensure_ascii=False, indent=2))
+    return None
 
 
 def measured(
@@ -117,10 +143,11 @@ def measured(
     """The reports of one kind, each as soon as it is there."""
     from triptych.evaluation import editing
     from triptych.evaluation import evaluate as evaluation
-    from triptych.evaluation.prompts import icon_prompts, shapes_prompts
+    from triptych.evaluation.prompts import icon_prompts, shapes_prompts, structured_shapes
 
-    if what == "shapes":
-        for name, shapes in shapes_prompts(everything).items():
+    if what in ("shapes", "structured"):
+        sets = shapes_prompts(everything) if what == "shapes" else structured_shapes()
+        for name, shapes in sets.items():
             with pictures_progress(name) as progress:
                 report = evaluation.evaluate_shapes(
                     cascade, shapes[:count], seeds, progress, name, **settings
@@ -143,10 +170,41 @@ def measured(
             if what == "reconstruction":
                 settings.pop("size", None)  # every picture keeps its own
                 yield evaluation.evaluate_reconstruction(cascade, source, number, 0, progress, **settings)
+            elif what in CONTROLS:
+                yield obedience(what, cascade, source, number, progress, settings)
             elif isinstance(source, ShardIndex) and what == "variations":
                 yield editing.evaluate_variations(cascade, source, number, seeds, progress, **settings)
             else:
                 yield editing.evaluate_img2img(cascade, source, number, 0, progress, **settings)
+
+
+def obedience(
+    what: str, cascade: Cascade, source: Any, count: int, progress: Any, settings: dict[str, Any]
+) -> Report:
+    """How well pictures follow the ControlNet of one kind."""
+    from triptych.evaluation import control
+
+    if what == "canny":
+        return control.evaluate_canny(cascade, source, count, 0, progress, **settings)
+    if what == "inpainting":
+        return control.evaluate_inpainting(cascade, source, count, 0, progress, **settings)
+    return control.evaluate_super_resolution(cascade, source, count, 0, progress, kind=what, **settings)
+
+
+def distances(
+    data: Path | None, pictures: Path | None, features: str, download: bool, count: int | None, as_json: bool
+) -> None:
+    """Print every distance between two sets of pictures."""
+    if data is None or pictures is None:
+        raise RequestError("Distances need two sets: real pictures (--data) and made ones (--pictures).")
+    from triptych.evaluation.features import compare_sets, open_features
+
+    found = compare_sets(data, pictures, open_features(features, download), count)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, value in found.items():
+        typer.echo(f"  {name:20s} {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 @contextmanager
@@ -184,11 +242,14 @@ def show(report: Report) -> None:
 
 
 def save(report: Report, out: Path) -> None:
-    """NAME.json with all rows, NAME.png with all pictures (for reconstruction, three columns a picture)."""
+    """NAME.json with everything, NAME.jsonl with a row a picture, NAME.png with all pictures (for
+    reconstruction, three columns a picture)."""
     from triptych.images import grid
 
     text = json.dumps(report.as_json(), ensure_ascii=False, indent=2)
     (out / f"{report.name}.json").write_text(text + "\n", encoding="utf-8")
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
+    (out / f"{report.name}.jsonl").write_text(rows, encoding="utf-8")
     columns = 12 if report.name == "reconstruction" else report.columns
     sizes = {image.size for image in report.images}
     images = [image.resize(min(sizes)) for image in report.images] if len(sizes) > 1 else report.images
