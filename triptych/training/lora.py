@@ -9,6 +9,7 @@ drew itself, on which the changed network must go on answering what the base ans
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from triptych.checkpoints.catalog import ModelFiles, find_model
-from triptych.checkpoints.files import PartInfo, read_tensors, write_tensors
+from triptych.checkpoints.files import PartInfo, read_header, read_tensors, write_tensors
 from triptych.checkpoints.load import load_part
 from triptych.checkpoints.lora import Lora
 from triptych.checkpoints.lora_keys import matrices, split_name
@@ -46,7 +47,8 @@ from triptych.training.task import Losses, Task
 
 WORDING = 5  # what a draw is for, after those of data/batches.py and sources.py
 PRIOR_PLACES = 2**32  # prior samples draw beside the pictures of a batch, never like them
-PRIOR_FILE = "prior.safetensors"
+PRIOR_FILE, PRIOR_MARK = "prior.safetensors", "triptych_prior"
+TOGETHER = 4  # prior pictures drawn at once
 
 
 class Learned(nn.Module):
@@ -266,18 +268,21 @@ def open_prior(
     own = settings.lora
     prompts = [prompt.format(word=own.word) for prompt in own.prior_prompts]
     path = out / PRIOR_FILE
-    if not path.exists():
+    mark = json.dumps([own.model, prompts, own.prior_pictures, settings.data.size, *own.parts])
+    if not path.exists() or read_header(path).metadata.get(PRIOR_MARK) != mark:
         cascade = Cascade.load(own.model, device=str(device))
+        # What Stage B draws is kept only where it learns; else one step of it is enough to get past it.
+        quick: dict[str, Any] = {} if "stage_b" in own.parts else {"decoder_steps": 1}
+        size = prior_size(base, settings.data.size)
         latents: dict[str, list[Tensor]] = {"c": [], "b": []}
-        for number in range(own.prior_pictures):
-            size = (settings.data.size, settings.data.size)
-            result = cascade.generate(
-                prompts[number % len(prompts)], seed=number, size=prior_size(base, size)
-            )
+        for first in range(0, own.prior_pictures, TOGETHER):
+            numbers = range(first, min(first + TOGETHER, own.prior_pictures))
+            told = [prompts[number % len(prompts)] for number in numbers]
+            result = cascade.generate(told, seeds=tuple(numbers), size=size, **quick)
             latents["c"].append(result.latents_c)
             latents["b"].append(result.latents_b)
-            progress(number + 1, own.prior_pictures)
-        write_tensors(path, {name: torch.cat(rows) for name, rows in latents.items()})
+            progress(numbers.stop, own.prior_pictures)
+        write_tensors(path, {name: torch.cat(rows) for name, rows in latents.items()}, {PRIOR_MARK: mark})
     prior = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
     assert base.encoders.text is not None
     hidden, pooled = [], []
@@ -288,12 +293,12 @@ def open_prior(
     return prior | {"hidden": torch.stack(hidden), "pooled": torch.stack(pooled)}
 
 
-def prior_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
-    """The size in pixels at which the base draws latents like those of training pictures of `size`."""
+def prior_size(base: Base, side: int) -> tuple[int, int]:
+    """The size in pixels at which the base draws latents like those of training pictures of `side`."""
     stated = next(iter(base.infos.values())).settings
-    ratio = float(stated.get("pixels_per_latent", 32)) / 32
-    width, height = (max(128, round(side * ratio / 64) * 64) for side in size)
-    return width, height
+    drawn = side * float(stated.get("pixels_per_latent", 32)) / 32
+    drawn = max(128, round(drawn / 64) * 64)
+    return int(drawn), int(drawn)
 
 
 def prior_loss(
