@@ -162,7 +162,7 @@ def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_pat
     ("arguments", "message"),
     [
         (["shape"], 'called "shape": did you mean "shapes"'),
-        (["icons", "--data", "x.tar"], "--data is for reconstruction, variations, img2img only"),
+        (["icons", "--data", "x.tar"], "--data is for reconstruction, variations, img2img"),
         (["variations"], "name a tar shard of them with --data"),
     ],
 )
