@@ -11,6 +11,7 @@ from triptych.evaluation.metrics import Estimate
 from triptych.evaluation.statistics import Tally
 
 WIN, TIE, LOSS, INK, QUIET = "#2f7d5b", "#d9d4c7", "#b5563c", "#222", "#8a857a"
+LABEL = 16  # half the width of "50 %"
 FONT = 'font-family="system-ui, sans-serif"'
 
 
@@ -49,6 +50,8 @@ def bar_chart(title: str, bars: Sequence[Bar], reference: str) -> str:
             if share > 0.08:
                 ink = INK if colour == TIE else "#fff"
                 middle = x(begin + share / 2)
+                if abs(middle - x(0.5)) < LABEL and share * scale > 5 * LABEL:
+                    middle = x(0.5) + 1.6 * LABEL  # beside the line at one half
                 parts.append(_text(middle, y + 21, f"{100 * share:.0f} %", 12, ink, anchor="middle"))
             begin += share
         if bar.tally.votes:

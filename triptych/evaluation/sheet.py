@@ -47,7 +47,7 @@ def write_sheet(out: Path, found: Sequence[Standing]) -> Path:
     plot = quality_plot(found)
     if plot:
         replace(out / "pareto.svg", (plot + "\n").encode())
-        parts.append(f"<h2>Quality and speed</h2>\n{plot}")
+        parts.append(plot)
     parts += ["<h2>Pictures</h2>", *_rows(out)]
     path = out / "index.html"
     replace(path, page(title, "\n".join(parts)).encode())

@@ -76,9 +76,8 @@ class TriptychSystem:
         return TASKS_PER_NETWORK_BATCH * int(self.settings.get("batch") or MAX_BATCH)
 
     def describe(self) -> dict[str, Any]:
-        stored = Request(prompt="", **self.settings).model_dump(mode="json", exclude={"prompt", "count"})
-        told = {key: value for key, value in stored.items() if value not in (None, "", False)}
-        return {"kind": "triptych", **told}
+        stored = Request(prompt="", **self.settings).model_dump(mode="json")
+        return {"kind": "triptych", "model": stored["model"], **{key: stored[key] for key in self.settings}}
 
     def load(self) -> None:
         """Find the files and check the settings against them; weights are read with the first picture."""
