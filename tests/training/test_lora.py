@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny_cascade import write_tiny_cascade
 
+from triptych.apps.cli.main import run
 from triptych.checkpoints.catalog import find_model
 from triptych.checkpoints.files import read_tensors
 from triptych.checkpoints.load import load_part
 from triptych.checkpoints.lora import read_lora
 from triptych.diffusion.loss import min_snr_weight
 from triptych.errors import SettingsError
+from triptych.images import read_metadata
 from triptych.models.lora import merge
 from triptych.training.config import RunSettings, read_settings, shipped_recipe
 from triptych.training.loop import Progress, train
@@ -49,14 +51,14 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "loha", "lokr"])
 def test_what_a_run_writes_is_the_network_that_it_trained(kind: str, model: Path, tmp_path: Path) -> None:
-    run = settings(
+    asked = settings(
         model, tmp_path, "steps=3", "save_every=3", "sample_every=100", f"lora.kind={kind}", "ema.start=100",
         "lora.prior=0.0", "lora.modules=['attn', 'embedding.1']", "optim.lr=0.1", "lora.alpha=3",
     )  # fmt: skip
-    train(run)
+    train(asked)
     lora = read_lora(tmp_path / "tiny.safetensors", shapes(model))
     files = find_model(str(model))
-    base = build_base(following(run, files), files, torch.device("cpu"))
+    base = build_base(following(asked, files), files, torch.device("cpu"))
     state = under(read_tensors(tmp_path / "state.safetensors"), "network.lora.")
     live = [p for p in base.networks["stage_c"].parameters() if p.requires_grad]
     with torch.no_grad():
@@ -106,10 +108,10 @@ def test_training_from_a_cache_gives_the_same_losses(model: Path, tmp_path: Path
 
 
 def test_captions_carry_the_token(model: Path, tmp_path: Path) -> None:
-    run = settings(model, tmp_path)
-    assert worded(run, (), 0, 0) in [t.format(token="[tiny]") for t in run.lora.templates]
-    assert worded(run, ("a dog",), 0, 0) == "[tiny], a dog"
-    assert worded(run, ("my [tiny] dog",), 0, 0) == "my [tiny] dog"
+    asked = settings(model, tmp_path)
+    assert worded(asked, (), 0, 0) in [t.format(token="[tiny]") for t in asked.lora.templates]
+    assert worded(asked, ("a dog",), 0, 0) == "[tiny], a dog"
+    assert worded(asked, ("my [tiny] dog",), 0, 0) == "my [tiny] dog"
     plain = settings(model, tmp_path, "lora.token=false")
     assert worded(plain, ("a dog",), 0, 0) == "a dog"
 
@@ -139,3 +141,25 @@ def test_the_shipped_recipe_knows_its_token() -> None:
     assert read_settings(shipped_recipe("lora"), ["name=mydog"]).sample_prompts[0] == "a picture of [mydog]"
     with pytest.raises(SettingsError, match=r"Known: .*lora"):
         shipped_recipe("none")
+
+
+def test_the_short_form_of_the_command_leaves_a_file_that_generation_wears(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = RECIPE.with_name("fixture-64.tar")
+    changes = ["steps=1", "lora.prior=0.0", "data.size=64", "data.cache=", "optim.schedule=constant"]
+    flags = [part for change in changes for part in ("--set", change)]
+    command = ["train", "--recipe", "lora", "--data", str(data), "--name", "dog", "--model", str(model)]
+    assert run([*command, *flags]) == 0
+    assert 'Try: triptych generate "a picture of [dog]" --lora dog.safetensors' in capsys.readouterr().out
+    assert (tmp_path / "runs" / "dog" / "report.html").exists()
+    generate = ["generate", "a [dog]", "--lora", "dog.safetensors:0.5", "--model", str(model), "--seed", "1"]
+    assert run(generate) == 0
+    (picture,) = tmp_path.glob("*.png")
+    assert read_metadata(picture)["request"]["lora"] == ["dog.safetensors:0.5"]
+    assert run(["generate", "--like", str(picture), "--out", "again"]) == 0
+    again = next((tmp_path / "again").glob("*.png"))
+    assert again.read_bytes() == picture.read_bytes()
+    assert run(["train", "--recipe", "lora", "--data", str(data)]) == 2
+    assert "--name" in capsys.readouterr().err
