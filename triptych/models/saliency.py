@@ -18,7 +18,7 @@ SHORT_SIDE = 240  # pixels the picture is brought to
 class SaliencyConfig:
     """The published network; it has one size only."""
 
-    widths: tuple[int, int, int, int] = (8, 16, 32, 64)
+    widths: tuple[int, ...] = (8, 16, 32, 64)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))

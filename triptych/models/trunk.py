@@ -57,6 +57,13 @@ class TrunkConfig:
                     f"{name} has {len(getattr(self, name))} entries, widths has {levels}: one per level."
                 )
 
+    @property
+    def conv_blocks(self) -> int:
+        """ConvBlocks met in one run, down and up, counting every pass: what ControlNets number."""
+        down = zip(self.patterns, self.down_blocks, self.down_repeats, strict=True)
+        up = zip(self.patterns[::-1], self.up_blocks, self.up_repeats, strict=True)
+        return sum(pattern.count("C") * blocks * repeats for pattern, blocks, repeats in (*down, *up))
+
 
 class Trunk(nn.Module):
     """Entry, tower and exit. Stages B and C add their inputs and condition tokens.

@@ -79,18 +79,10 @@ def controlnet_file(parts: Parts, hint: str, given: str | None) -> Path:
             f"{path} takes hints of {info.config['channels']} channels ({info.settings.get('hint')}); "
             f'a hint of the kind "{hint}" has {channels}.'
         )
-    blocks = sum(
-        pattern.count("C") * count * repeats
-        for counts, passes, patterns in (
-            (config.down_blocks, config.down_repeats, config.patterns),
-            (config.up_blocks, config.up_repeats, config.patterns[::-1]),
-        )
-        for pattern, count, repeats in zip(patterns, counts, passes, strict=True)
-    )
-    if info.config["blocks"][-1] >= blocks:
+    if info.config["blocks"][-1] >= config.conv_blocks:
         raise CheckpointError(
-            f"{path} adds to block {info.config['blocks'][-1]} of a Stage C; this one has {blocks} blocks, "
-            "so it was made for another."
+            f"{path} adds to block {info.config['blocks'][-1]} of a Stage C; this one has "
+            f"{config.conv_blocks} blocks, so it was made for another."
         )
     return path
 
@@ -185,8 +177,12 @@ def make_hint(parts: Parts, request: Request, control: ControlRequest, brought: 
         return hints.canny_hint(pixels, control.low, control.high)
     if control.hint == "identity":
         return _identity(image, control, (high, wide))
-    maker = {"qr": hints.qr_hint, "palette": hints.palette_hint, "soft_edges": _soft_edges(parts)}
-    return maker[control.hint](pixels)
+    makers: dict[str, Callable[[Tensor], Tensor]] = {
+        "qr": hints.qr_hint,
+        "palette": hints.palette_hint,
+        "soft_edges": _soft_edges(parts),
+    }
+    return makers[control.hint](pixels)
 
 
 def _even(pixels: Tensor) -> Tensor:

@@ -130,21 +130,17 @@ def build_controlnet(
 ) -> ControlNet:
     """The network for a hint and a Stage C; its EfficientNet begins as the semantic encoder's, if alike."""
     config: ControlNetConfig = configured(CONTROLNET, settings)
-    asked = {name: settings.network.get(name) for name in ("bottleneck",)}
-    config = dataclasses.replace(
-        config, channels=kind.channels, bottleneck=asked["bottleneck"] or kind.bottleneck
-    )
+    bottleneck = settings.network.get("bottleneck", kind.bottleneck)
+    config = dataclasses.replace(config, channels=kind.channels, bottleneck=bottleneck)
     if set(stage_c.widths) != {config.width}:
         raise SettingsError(
             f'size "{settings.size}": a ControlNet of width {config.width} does not fit a Stage C of width '
             f"{stage_c.widths[0]}; set network.width, or name another size."
         )
-    counts = zip(stage_c.patterns, stage_c.down_blocks, stage_c.down_repeats, strict=True)
-    ups = zip(stage_c.patterns[::-1], stage_c.up_blocks, stage_c.up_repeats, strict=True)
-    blocks = sum(pattern.count("C") * count * repeats for pattern, count, repeats in (*counts, *ups))
-    if config.blocks[-1] >= blocks:
+    if config.blocks[-1] >= stage_c.conv_blocks:
         raise SettingsError(
-            f"network.blocks ends with {config.blocks[-1]}; this Stage C has blocks 0 to {blocks - 1}."
+            f"network.blocks ends with {config.blocks[-1]}; this Stage C has blocks 0 to "
+            f"{stage_c.conv_blocks - 1}."
         )
     network = ControlNet(config)
     if settings.control.pretrained and encoders.semantic is not None:
