@@ -16,6 +16,15 @@ EXTRAS = (
     "datasets",
     "sklearn",
     "psutil",
+    "cv2",
+    "onnxruntime",
+    "fastapi",
+    "uvicorn",
+    "torchmetrics",
+    "torchao",
+    "statsmodels",
+    "choix",
+    "playwright",
     "einops",
 )
 

@@ -84,14 +84,20 @@ LEAVES = {
     'triptych generate "a red apple"': ["*.png"],
     'triptych generate "a blue star" --count 4 --seed 7 --out pictures': PICTURES,
     "triptych generate --like pictures/a-blue-star-8.png": ["a-blue-star-8.png"],
+    "triptych vary pictures/a-blue-star-8.png --count 4": ["a-blue-star-8-*.png"],
+    'triptych img2img pictures/a-blue-star-8.png "a red heart" --strength 0.6': ["a-red-heart-*.png"],
     "triptych train recipes/tiny/stage_c.toml --set out=runs/try": ["runs/try/*.safetensors"],
     "triptych evaluate shapes": [],
     "triptych convert cascade-lite lite-diffusers --to diffusers": [
         "lite-diffusers/stable-cascade/model_index.json",
         "lite-diffusers/stable-cascade-prior/model_index.json",
     ],
+    "triptych doctor": [],
 }
-MORE = {"triptych evaluate shapes": "--count 1"}  # of each set: all 300 pictures take too long
+MORE = {  # all 300 pictures take too long, as do the operations of the full-size networks
+    "triptych evaluate shapes": "--count 1",
+    "triptych doctor": "--model mini",
+}
 
 
 def readme_lines() -> list[str]:

@@ -290,3 +290,10 @@ def test_the_recipes_study_is_understood() -> None:
     assert [system.name for system in study.systems] == ["guided", "unguided"]
     assert os.path.basename(study.settings.out) == "study"
     assert comparing.study_tasks(study)[0].seed == 0
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*/study.toml")), ids=str)
+def test_the_studies_in_the_repository_are_valid(path: Path) -> None:
+    study = read_study(path)
+    assert len(study.systems) >= 2
+    assert len(study.prompts) >= 4
