@@ -170,5 +170,5 @@ def report(saved: list[dict[str, Any]], request: Request, seconds: dict[str, flo
         f"{c.hint} (weight {c.weight:g}, from {c.begin:g} to {c.end:g})" for c in request.controls
     )
     settings["sources"] = ", ".join(f"{s.file} ({s.role}, weight {s.weight:g})" for s in request.sources)
-    typer.echo("  ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", False)))
+    typer.echo("  ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", False, [])))
     typer.echo(f"{rounded['total']} s")
