@@ -20,7 +20,7 @@ Examples:
 
   triptych bench --quick
 
-  triptych bench --json > bench.json
+  triptych bench --json
 
   triptych bench --compiled --full
 
