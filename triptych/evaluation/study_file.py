@@ -27,7 +27,6 @@ The first system is the one that the others are compared with. `{here}` stands f
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,12 +38,7 @@ from triptych.evaluation.diffusers_systems import DiffusersSettings, DiffusersSy
 from triptych.evaluation.prompts import StudyPrompt, study_prompts
 from triptych.evaluation.systems import FolderSystem, System, TriptychSystem
 from triptych.pipelines.request import Request, Seed, Size, explain
-from triptych.training.config import apply_change, substitute
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from triptych.training.config import read_toml, substitute
 
 KINDS = ("triptych", "diffusers", "folder")
 OF_THE_STUDY = ("prompt", "count", "seed", "seeds", "strength")  # fields of a request that tasks decide
@@ -84,16 +78,7 @@ class Study:
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> Study:
     """The study of a TOML file, then `key=value` changes. Raises SettingsError or DataError."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}.") from None
-    for change in changes:
-        apply_change(raw, change)
+    raw = read_toml(path, changes)
     raw = substitute(raw, {"here": str(path.parent)})
     tables = raw.pop("systems", [])
     try:

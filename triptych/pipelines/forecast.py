@@ -7,14 +7,13 @@ that count over the speed of a matrix product here, times what usually comes on 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from triptych.checkpoints.catalog import PUBLISHED, PUBLISHED_SETTINGS, TOWER_PARAMETERS
-from triptych.errors import CheckpointError, nearest
 from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB, StageBConfig
 from triptych.models.stage_c import STAGE_C, StageC, StageCConfig
@@ -86,8 +85,6 @@ def forecast(
 def _published(
     model: str, size: tuple[int, int] | None, item: int
 ) -> tuple[list[Need], float, tuple[int, int]]:
-    if model not in PUBLISHED:
-        raise CheckpointError(f'Unknown model "{model}": {nearest(model, PUBLISHED)}.')
     published, settings = PUBLISHED[model], PUBLISHED_SETTINGS
     stage_c, stage_b = STAGE_C[published.stage_c], STAGE_B[published.stage_b]
     width, height = size or settings["stage_c"]["default_size"]
@@ -143,7 +140,7 @@ def _operations(
     t = torch.empty(1, device="meta")
     semantic = torch.empty(1, stage_b.semantic_channels, *latents_c, device="meta")
     with torch.device("meta"):
-        network_c, network_b = StageC(replace(stage_c, positions=False)), StageB(stage_b)
+        network_c, network_b = StageC(stage_c), StageB(stage_b)
     per_c = count_operations(network_c, x_c, t, text, pooled)
     per_b = count_operations(network_b, x_b, t, semantic, pooled)
     return per_c * branches_c * settings_c["steps"] + per_b * branches_b * settings_b["steps"]

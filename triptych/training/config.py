@@ -195,16 +195,7 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> RunSettings:
 
     Raises SettingsError naming the file, the key, what is wrong with it and the nearest known key.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}.") from None
-    for change in changes:
-        apply_change(raw, change)
+    raw = read_toml(path, changes)
     out = raw.get("out")
     places = {"here": str(path.parent), "out": str(out)}
     raw = substitute(raw, places)
@@ -221,6 +212,22 @@ def shipped_recipe(name: str) -> Path:
     if name not in known:
         raise SettingsError(f'--recipe "{name}": {nearest(name, known)}.')
     return folder / f"{name}.toml"
+
+
+def read_toml(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a TOML file after `key=value` changes, not yet checked. Raises SettingsError naming the
+    file and what is wrong with it."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}.") from None
+    for change in changes:
+        apply_change(raw, change)
+    return raw
 
 
 def apply_change(raw: dict[str, Any], change: str) -> None:
