@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from triptych.errors import TrainingError
+from triptych.training.muon import Muon
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kind = Literal["adamw", "muon"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -26,10 +28,12 @@ class OptimSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Kind = Field("adamw", description="adamw, or muon: matrices by Muon and the rest by AdamW")
     lr: Positive = Field(1e-4, description="learning rate after warm-up")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's two running averages")
     eps: Positive = Field(1e-8, description="AdamW's denominator floor")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    momentum: Fraction = Field(0.95, description="Muon's running average")
     decay_only_matrices: bool = Field(False, description="spare biases, gains and other vectors from decay")
     clip: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 never clips")
     warmup: int = Field(1, ge=0, description="updates over which the rate rises from zero")
@@ -84,13 +88,16 @@ def parameter_groups(parameters: Iterable[nn.Parameter], settings: OptimSettings
     return groups
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW [Loshchilov and Hutter 2019] over the parameters that require gradients.
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    """The optimiser of `settings.kind` over the parameters that require gradients.
 
     Raises TrainingError if there are none. Its rate is meaningless until `set_learning_rate`.
     """
     groups = parameter_groups(parameters, settings)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if settings.kind == "muon":
+        return Muon(groups, **common, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, **common, fused=True)
 
 
 def learning_rate(step: int, settings: OptimSettings) -> float:
