@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_cascade import write_tiny_cascade
 
+from triptych.checkpoints.headers import PartInfo
 from triptych.checkpoints.load import load_part
-from triptych.checkpoints.lora import Lora
+from triptych.checkpoints.lora import GATE, Lora
 from triptych.checkpoints.lora_keys import official_targets
 from triptych.checkpoints.lora_write import write_lora
 from triptych.errors import CheckpointError, RequestError
@@ -23,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_cascade(tmp_path_factory.mktemp("tiny"))
 
 
-def lora_for(path: Path, model: Path, seed: int, tokens: dict[str, torch.Tensor] | None = None) -> str:
+def lora_for(
+    path: Path, model: Path, seed: int, tokens: dict[str, torch.Tensor] | None = None, gate: bool = False
+) -> str:
     """A random LoRA for the attention of the model's Stage C, and one matrix of its Stage B."""
     generator = torch.Generator().manual_seed(seed)
     changes: dict[str, list[Change]] = {}
@@ -37,7 +40,8 @@ def lora_for(path: Path, model: Path, seed: int, tokens: dict[str, torch.Tensor]
                 "down": torch.randn(2, columns, generator=generator),
             }
             changes.setdefault(part, []).append(Change(target, "lora", factors))
-    write_lora(path, Lora(changes, tokens or {}))
+    info = PartInfo("lora", settings={GATE: gate})
+    write_lora(path, Lora(changes, tokens or {}, info=info))
     return str(path)
 
 
@@ -126,3 +130,24 @@ def test_a_merged_network_equals_a_worn_one(folder: Path, tmp_path: Path) -> Non
     change = Change(target, "lora", {"up": torch.ones(rows, 1), "down": torch.ones(1, columns)}, 0.5)
     merge(network, [(change, 2.0)])
     torch.testing.assert_close(network.get_parameter(f"{target}.weight").detach(), old + 1)
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["resident", "streamed"])
+def test_a_gated_lora_acts_on_prompts_with_its_token_only(
+    folder: Path, tmp_path: Path, low_memory: bool
+) -> None:
+    token = {"[dog]": torch.randn(1, 384, generator=torch.Generator().manual_seed(0))}
+    gated = lora_for(tmp_path / "gated.safetensors", folder, 1, token, gate=True)
+    always = lora_for(tmp_path / "always.safetensors", folder, 1, token)
+    other = lora_for(tmp_path / "other.safetensors", folder, 2)
+    cascade = Cascade.load(folder, dtype="float32", low_memory=low_memory)
+    assert torch.equal(draw(cascade, gated), draw(cascade))
+    told = "a red [dog]"
+    assert torch.equal(draw(cascade, gated, prompt=told), draw(cascade, always, prompt=told))
+    assert torch.equal(draw(cascade, gated, other), draw(cascade, other))
+    mixed = cascade.generate([told, "a red star", told], seeds=[3, 3, 4], lora=(gated,))
+    assert torch.equal(
+        mixed.latents_c[1].flatten(), cascade.generate("a red star", seed=3).latents_c.flatten()
+    )
+    alone = cascade.generate(told, seed=3, lora=(gated,))
+    torch.testing.assert_close(mixed.latents_c[0], alone.latents_c[0])

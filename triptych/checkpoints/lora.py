@@ -36,6 +36,7 @@ from triptych.errors import CheckpointError
 from triptych.models.lora import FACTORS, Change
 
 TOKEN_PREFIX = "bundle_emb."
+GATE = "only_with_token"  # a setting of our files: prompts without a token of theirs are left as they were
 OFFICIAL_VECTORS, OFFICIAL_ROWS = "embeddings.embeddings", "embeddings.indices"
 SIZES_BY_WIDTH = {2048: "3.6b", 1536: "1b"}
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
@@ -60,6 +61,11 @@ class Lora:
     offsets: Offsets | None = None
     layout: str = "kohya"
     info: PartInfo = field(default_factory=lambda: PartInfo("lora"))
+
+    @property
+    def gated(self) -> bool:
+        """Whether it says of itself that it acts on prompts with one of its tokens only."""
+        return bool(self.tokens) and self.info.settings.get(GATE) is True
 
     @property
     def rank(self) -> int:

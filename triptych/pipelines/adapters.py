@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,33 @@ NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 
 @dataclass(frozen=True)
 class Adapters:
-    """Changes by part with their strengths, and learned tokens by name (n, width)."""
+    """Changes by part with their strengths, and learned tokens by name (n, width).
+
+    `gates` has, by the identity of a change, the tokens one of which a prompt must have for it to act.
+    """
 
     changes: Mapping[str, list[tuple[Change, float]]] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def opened(self, prompt: str) -> frozenset[str]:
+        """The tokens of gated changes that stand in a prompt: prompts with the same ones wear the same."""
+        return frozenset(token for tokens in self.gates.values() for token in tokens if token in prompt)
+
+    def for_prompt(self, prompt: str) -> Adapters:
+        """What acts on a prompt: everything but the gated changes none of whose tokens it has."""
+        if not self.gates:
+            return self
+        opened = self.opened(prompt)
+        changes = {
+            part: [
+                (change, strength)
+                for change, strength in own
+                if id(change) not in self.gates or opened & {*self.gates[id(change)]}
+            ]
+            for part, own in self.changes.items()
+        }
+        return replace(self, changes=changes)
 
     def targets(self, part: str) -> set[str]:
         """The weights of a part that these change."""
@@ -55,6 +78,7 @@ def stack(loras: Sequence[tuple[Path, float, Lora]], token_width: int) -> Adapte
     """
     changes: dict[str, list[tuple[Change, float]]] = {}
     tokens: dict[str, Tensor] = {}
+    gates: dict[int, tuple[str, ...]] = {}
     for path, strength, lora in loras:
         if lora.offsets is not None:
             raise CheckpointError(
@@ -64,6 +88,8 @@ def stack(loras: Sequence[tuple[Path, float, Lora]], token_width: int) -> Adapte
             )
         for part, own in lora.changes.items():
             changes.setdefault(part, []).extend((change, strength) for change in own)
+            if lora.gated and part != "text_encoder":  # all prompts of a request are read by one tower
+                gates |= {id(change): tuple(lora.tokens) for change in own}
         for name, vectors in lora.tokens.items():
             if vectors.shape[-1] != token_width:
                 raise CheckpointError(
@@ -73,7 +99,7 @@ def stack(loras: Sequence[tuple[Path, float, Lora]], token_width: int) -> Adapte
             if name in tokens and not torch.equal(tokens[name], vectors):
                 raise RequestError(f"Two of the LoRA files teach different things called {name}; use one.")
             tokens[name] = vectors
-    return Adapters(changes, tokens)
+    return Adapters(changes, tokens, gates)
 
 
 class Wardrobe:

@@ -47,7 +47,8 @@ class Parts:
         self._described: dict[str, PartInfo] = {}
         self._checked: set[str] = set()  # parts whose numbers were all looked at once
         self._wardrobe = Wardrobe()
-        self._worn = Adapters()
+        self._chosen = Adapters()  # everything asked for
+        self._worn = Adapters()  # what acts on the prompt whose turn it is
         self._untouched: dict[str, dict[str, Tensor]] = {}  # weights as the file maps them, by part and name
         self._resident: set[str] = set()  # parts whose weights can be exchanged one by one
 
@@ -83,8 +84,8 @@ class Parts:
         """From now on wear these LoRA files ("FILE" or "FILE:SCALE"), in place of those worn before.
 
         Loaded weights are computed anew from the untouched ones, which stay mapped; where the file's numbers
-        are rescaled or streamed, the part is mapped again at its next turn. Raises CheckpointError for files
-        that do not fit this model.
+        are rescaled or streamed, the part is mapped again at its next turn. Changes that wait for their token
+        are put on by `dress`. Raises CheckpointError for files that do not fit this model.
         """
         wanted = Adapters()
         if loras:
@@ -92,12 +93,22 @@ class Parts:
             chosen = [split_scale(text) for text in loras]
             read = [(path, scale, self._wardrobe.get(path, shapes)) for path, scale in chosen]
             wanted = stack(read, token_width(shapes["text_encoder"]))
+        self._chosen = wanted
+        self.dress("")
+        if "text_encoder" in self._loaded:
+            self._loaded["text_encoder"].learn(wanted.tokens)
+
+    def dress(self, prompt: str) -> None:
+        """Wear what acts on `prompt`: all of it, but for LoRAs that act with their token only."""
+        wanted = self._chosen.for_prompt(prompt)
         before, self._worn = self._worn, wanted
         for part in ADAPTED:
             if part in self._loaded and not before.alike(wanted, part):
                 self._change(part, before.targets(part) | wanted.targets(part))
-        if "text_encoder" in self._loaded:
-            self._loaded["text_encoder"].learn(wanted.tokens)
+
+    def opened(self, prompt: str) -> frozenset[str]:
+        """Which tokens of such LoRAs a prompt has."""
+        return self._chosen.opened(prompt)
 
     def _change(self, part: str, names: set[str]) -> None:
         """Bring the weights `names` of a loaded part up to date with what is worn."""

@@ -89,6 +89,7 @@ class Run:
         images: dict[int, Image.Image] = {}
         metadata: dict[int, dict[str, Any]] = {}
         for batch in batches:
+            self.parts.dress(batch.pictures[0].prompt)
             yield from self._stage_c(batch)
             yield from self._stage_b(batch)
             for event in self._stage_a(batch):
@@ -107,7 +108,8 @@ class Run:
         yield Event("done", 1, 1, pictures, result=result)
 
     def _read_prompts(self, pictures: Sequence[Picture]) -> list[Batch]:
-        """Encode every different prompt, and group pictures whose prompts are equally long into batches.
+        """Encode every different prompt, and group pictures whose prompts are equally long, and wear the same
+        LoRAs, into batches.
 
         No attention mask reaches Stage C, so padding a prompt to its neighbour's length would change its
         picture; each prompt is therefore read alone, beside its negative.
@@ -119,12 +121,13 @@ class Run:
                 if prompt not in read:
                     read[prompt] = condition(encoder, [prompt, self.request.negative], image_width=width)
                     self._check(read[prompt].text_hidden, "text_encoder")
-        groups: dict[int, list[Picture]] = {}
+        groups: dict[tuple[tuple[str, ...], int], list[Picture]] = {}
         for picture in pictures:
-            groups.setdefault(read[picture.prompt].text_hidden.shape[1], []).append(picture)
+            tokens, length = self.parts.opened(picture.prompt), read[picture.prompt].text_hidden.shape[1]
+            groups.setdefault((tuple(sorted(tokens)), length), []).append(picture)
         size = self.request.batch or 1
         batches = []
-        for group in groups.values():
+        for _, group in sorted(groups.items(), key=lambda entry: entry[0][0]):
             for start in range(0, len(group), size):
                 together = group[start : start + size]
                 told = [read[picture.prompt] for picture in together]

@@ -133,6 +133,9 @@ class LoraSettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1, description="of the change while training")
     modules: tuple[str, ...] = Field(("attn",), min_length=1, description="parts of names of the matrices")
     token: bool = Field(True, description="also learn a token [name] for prompts")
+    gate: bool = Field(
+        True, description="act on prompts with the token only; other programs than triptych do not know this"
+    )
     token_vectors: int = Field(1, ge=1, le=32, description="vectors the token stands for")
     word: str = Field("object", description="the word the token starts from, and of what the subject is one")
     templates: tuple[str, ...] = Field(

@@ -9,7 +9,6 @@ drew itself, on which the changed network must go on answering what the base ans
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,21 +20,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from triptych.checkpoints.catalog import ModelFiles, find_model
-from triptych.checkpoints.files import PartInfo, read_header, read_tensors, write_tensors
+from triptych.checkpoints.files import PartInfo
 from triptych.checkpoints.load import load_part
-from triptych.checkpoints.lora import Lora
+from triptych.checkpoints.lora import GATE, Lora
 from triptych.checkpoints.lora_keys import matrices, split_name
 from triptych.checkpoints.lora_write import write_lora
 from triptych.conditioning.encode import TextEncoder
 from triptych.data.batches import BatchPlan, draws
 from triptych.diffusion.loss import AdaptiveWeight
-from triptych.diffusion.prediction import add_noise
-from triptych.diffusion.schedule import Schedule, training_times
 from triptych.errors import MissingExtra, SettingsError
 from triptych.models.lora import Change, TokenTable
 from triptych.training.config import LoraSettings, RunSettings
 from triptych.training.draws import Draws
 from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders
+from triptych.training.prior import gated, open_prior, prior_loss
 from triptych.training.recipes import (
     open_diffusion_cache,
     sample_stage_c,
@@ -47,8 +45,6 @@ from triptych.training.task import Losses, Task
 
 WORDING = 5  # what a draw is for, after those of data/batches.py and sources.py
 PRIOR_PLACES = 2**32  # prior samples draw beside the pictures of a batch, never like them
-PRIOR_FILE, PRIOR_MARK = "prior.safetensors", "triptych_prior"
-TOGETHER = 4  # prior pictures drawn at once
 
 
 class Learned(nn.Module):
@@ -92,7 +88,10 @@ def lora_task(
     ]
     needed = needed_parts(own)
     cache = open_diffusion_cache(settings, pictures, base.encoders, needed, device, progress)
-    prior = open_prior(settings, base, Path(settings.out), device, progress) if own.prior else None
+    prior = None
+    if own.prior:
+        size = drawn_size(base, settings.data.size)
+        prior = open_prior(settings, text, size, device, progress)
     adaptive = AdaptiveWeight()
 
     def load(plan: BatchPlan, places: Sequence[int]) -> tuple[BatchPlan, Sequence[int], Any]:
@@ -119,9 +118,8 @@ def lora_task(
             losses = one if losses is None else dataclasses.replace(losses, total=losses.total + one.total)
         assert losses is not None
         if prior is not None:
-            held = prior_loss(
-                settings, base, prior, Draws(settings.seed, step, [PRIOR_PLACES + p for p in places]), device
-            )
+            apart = Draws(settings.seed, step, [PRIOR_PLACES + place for place in places])
+            held = prior_loss(base.networks, prior, apart, device)
             terms = {"prior": held.detach()}
             losses = dataclasses.replace(losses, total=losses.total + own.prior * held, terms=terms)
         return losses
@@ -129,8 +127,12 @@ def lora_task(
     def sample(trained: dict[str, nn.Module], out: Path) -> Image.Image | None:
         if "stage_c" not in own.parts:
             return None
+        network: Callable[..., Tensor] = base.networks["stage_c"]
+        if is_gated(own):
+            token = token_name(settings.name)
+            network = gated(base.networks["stage_c"], [token in text for text in settings.sample_prompts])
         with shown(learned, trained["lora"]), torch.no_grad():
-            return sample_stage_c(settings, base.networks["stage_c"], base.encoders, pictures, device)
+            return sample_stage_c(settings, network, base.encoders, pictures, device)
 
     def info(part: str, network: nn.Module) -> PartInfo:
         return lora_info(settings, base)
@@ -256,85 +258,17 @@ def worded(settings: RunSettings, captions: Sequence[str], step: int, place: int
     return own.templates[int(second * len(own.templates))].format(token=token or own.word)
 
 
-# What the base draws without the token, and goes on drawing.
+def is_gated(own: LoraSettings) -> bool:
+    """Whether the changes act on prompts with the token only."""
+    return own.token and own.gate
 
 
-def open_prior(
-    settings: RunSettings, base: Base, out: Path, device: torch.device, progress: Callable[[int, int], None]
-) -> dict[str, Tensor]:
-    """Latents of pictures that the base draws for the prior prompts, made once and kept beside the run."""
-    from triptych.pipelines.cascade import Cascade
-
-    own = settings.lora
-    prompts = [prompt.format(word=own.word) for prompt in own.prior_prompts]
-    path = out / PRIOR_FILE
-    mark = json.dumps([own.model, prompts, own.prior_pictures, settings.data.size, *own.parts])
-    if not path.exists() or read_header(path).metadata.get(PRIOR_MARK) != mark:
-        cascade = Cascade.load(own.model, device=str(device))
-        # What Stage B draws is kept only where it learns; else one step of it is enough to get past it.
-        quick: dict[str, Any] = {} if "stage_b" in own.parts else {"decoder_steps": 1}
-        size = prior_size(base, settings.data.size)
-        latents: dict[str, list[Tensor]] = {"c": [], "b": []}
-        for first in range(0, own.prior_pictures, TOGETHER):
-            numbers = range(first, min(first + TOGETHER, own.prior_pictures))
-            told = [prompts[number % len(prompts)] for number in numbers]
-            result = cascade.generate(told, seeds=tuple(numbers), size=size, **quick)
-            latents["c"].append(result.latents_c)
-            latents["b"].append(result.latents_b)
-            progress(numbers.stop, own.prior_pictures)
-        write_tensors(path, {name: torch.cat(rows) for name, rows in latents.items()}, {PRIOR_MARK: mark})
-    prior = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
-    assert base.encoders.text is not None
-    hidden, pooled = [], []
-    for prompt in prompts:
-        one = base.encoders.text.encode([prompt], windows=max(map(base.encoders.text.count_windows, prompts)))
-        hidden.append(one[0][0])
-        pooled.append(one[1][0])
-    return prior | {"hidden": torch.stack(hidden), "pooled": torch.stack(pooled)}
-
-
-def prior_size(base: Base, side: int) -> tuple[int, int]:
+def drawn_size(base: Base, side: int) -> tuple[int, int]:
     """The size in pixels at which the base draws latents like those of training pictures of `side`."""
     stated = next(iter(base.infos.values())).settings
     drawn = side * float(stated.get("pixels_per_latent", 32)) / 32
     drawn = max(128, round(drawn / 64) * 64)
     return int(drawn), int(drawn)
-
-
-def prior_loss(
-    settings: RunSettings, base: Base, prior: dict[str, Tensor], noise: Draws, device: torch.device
-) -> Tensor:
-    """How far the changed networks' answers to the base's own pictures are from the base's answers, ()."""
-    count, prompts = len(prior["c"]), len(prior["hidden"])
-    rows = (noise.uniform() * count).long()
-    hidden, pooled = (prior[name][rows % prompts].to(device) for name in ("hidden", "pooled"))
-    total = torch.zeros((), device=device)
-    for part in settings.lora.parts:
-        x0 = prior["c" if part == "stage_c" else "b"][rows].to(device)
-        schedule = Schedule()
-        logsnr = schedule.logsnr(training_times(noise.uniform()).to(device))
-        x = add_noise(x0, noise.normal(x0.shape[1:]).to(device), logsnr)
-        beside = (hidden, pooled) if part == "stage_c" else (prior["c"][rows].to(device), pooled)
-        network, time = base.networks[part], schedule.time(logsnr)
-        with torch.no_grad(), without_adapters(network):
-            wanted = network(x, time, *beside)
-        total = total + (network(x, time, *beside) - wanted).float().square().mean()
-    return total
-
-
-@contextmanager
-def without_adapters(network: nn.Module) -> Iterator[None]:
-    """The network as it was before adapters were put on it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 @contextmanager
@@ -362,7 +296,7 @@ def lora_info(settings: RunSettings, base: Base) -> PartInfo:
     notices = dict.fromkeys(text for text in (base.files.notice, settings.notice) if text)
     told = {"base": own.model, "kind": own.kind, "rank": own.rank, "modules": list(own.modules)}
     if own.token:
-        told |= {"token": token_name(settings.name), "word": own.word}
+        told |= {"token": token_name(settings.name), "word": own.word, GATE: own.gate}
     return PartInfo(
         "lora", settings=told, recipe=settings.name or settings.recipe, licence="; ".join(licences),
         notice=" ".join(notices), size=stated.size,

@@ -414,7 +414,11 @@ def run_sampler(
 
 
 def sample_stage_c(
-    settings: RunSettings, network: nn.Module, encoders: Encoders, pictures: Pictures, device: torch.device
+    settings: RunSettings,
+    network: Callable[..., Tensor],
+    encoders: Encoders,
+    pictures: Pictures,
+    device: torch.device,
 ) -> Image.Image:
     """The sample prompts as the previewer shows them."""
     assert encoders.text is not None

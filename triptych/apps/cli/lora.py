@@ -146,6 +146,8 @@ def merge(
     if tokens:
         typer.echo(f"Not merged, since tokens belong to prompts: {', '.join(tokens)}. Keep the LoRA file for "
                    "them.", err=True)  # fmt: skip
+    if any(one.gated for _, one in read_files):
+        typer.echo("The LoRA file waits for its token; merged weights act on every prompt.", err=True)
 
 
 @app.command("extract", help=EXTRACT)
