@@ -121,7 +121,7 @@ def decode_picture(content: bytes, name: object) -> Image.Image:
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{width}x{height}")
                 image.load()
-                return flatten(_upright(image))
+                return flatten(upright(image))
     except Image.DecompressionBombError:
         raise DataError(
             f"{name} is too large: pictures of up to {MAX_PIXELS / 1e6:.0f} million pixels are read; "
@@ -136,7 +136,15 @@ def decode_picture(content: bytes, name: object) -> Image.Image:
         raise DataError(f"{name} cannot be read as a picture: {reason}.") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def transparency(image: Image.Image) -> Image.Image | None:
+    """How opaque a picture is, 255 where it is wholly (mode "L"); None when nothing of it is transparent."""
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
+def upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF data says; damaged EXIF data says nothing."""
     try:
         return ImageOps.exif_transpose(image)

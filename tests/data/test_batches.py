@@ -7,7 +7,6 @@ from PIL import Image
 
 from triptych.data.batches import (
     BatchOrder,
-    choose_caption,
     draws,
     fit,
     load_batch,
@@ -15,7 +14,7 @@ from triptych.data.batches import (
     stream,
 )
 from triptych.data.buckets import Bucket, buckets_of
-from triptych.data.shards import Sample, ShardIndex
+from triptych.data.shards import ShardIndex
 from triptych.data.sources import DrawnShapes, Joined
 from triptych.errors import DataError, SettingsError
 
@@ -115,13 +114,6 @@ def test_fitting_covers_the_canvas_and_keeps_the_ratio() -> None:
     assert fitted.size == (64, 64)
     assert fitted.getpixel((0, 0))[0] < 5
     assert fitted.getpixel((63, 63))[0] > 250
-
-
-def test_captions_are_chosen_by_the_draw() -> None:
-    sample = Sample("k", Image.new("RGB", (1, 1)), ("main", "b", "c"))
-    assert choose_caption(sample, 0.49) == "main"
-    assert [choose_caption(sample, u) for u in (0.5, 0.74, 0.76, 0.999)] == ["b", "b", "c", "c"]
-    assert choose_caption(Sample("k", sample.image, ()), 0.9) == ""
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])

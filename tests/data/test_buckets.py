@@ -6,6 +6,7 @@ from triptych.data.buckets import (
     Bucket,
     buckets_of,
     covering_size,
+    crop_around,
     crop_corner,
     make_buckets,
     nearest_bucket,
@@ -46,3 +47,9 @@ def test_the_crop_always_lies_inside_the_resized_picture(
 
 def test_the_centre_crop_is_central() -> None:
     assert crop_corner((100, 61), Bucket(50, 50, 1.0)) == (25, 6)
+
+
+def test_a_crop_goes_around_its_focus_as_far_as_the_borders_let_it() -> None:
+    canvas = Bucket(100, 100, 1.0)
+    for focus, left in ((0.5, 50), (0.0, 0), (1.0, 100), (0.4, 30)):
+        assert crop_corner((100, 200), canvas, crop_around((100, 200), canvas, (0.5, focus))) == (0, left)

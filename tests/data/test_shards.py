@@ -129,3 +129,52 @@ def test_plain_folders_with_captions_beside(tmp_path: Path) -> None:
 def test_transparency_becomes_white(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert ShardIndex(tmp_path)[0].image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pictures_are_turned_as_their_exif_data_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    index = ShardIndex(tmp_path)
+    assert index.size(0) == (30, 20)
+    assert index[0].image.size == (20, 30)
+
+
+def test_a_mask_is_a_file_beside_the_picture_or_its_opacity(tmp_path: Path) -> None:
+    half = Image.new("L", (4, 4), 0)
+    half.paste(255, (0, 0, 2, 4))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    half.save(tmp_path / "a-mask.png")
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    clear.putalpha(half.resize((8, 8), Image.Resampling.NEAREST))
+    clear.save(tmp_path / "b.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "c.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "lone-mask.png")
+    samples = {sample.key: sample for sample in ShardIndex(tmp_path)}
+    assert set(samples) == {"a", "b", "c", "lone-mask"}
+    assert samples["c"].mask is None
+    assert samples["lone-mask"].mask is None
+    for key in ("a", "b"):
+        mask = samples[key].mask
+        assert mask is not None
+        assert mask.size == (8, 8)
+        assert (mask.getpixel((0, 4)), mask.getpixel((7, 4))) == (255, 0)
+
+
+def test_captions_are_read_without_pictures_and_marks_follow_the_files(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.txt").write_text("one")
+    index = ShardIndex(tmp_path)
+    assert index.captions(0) == ("one",)
+    before = index.mark()
+    assert ShardIndex(tmp_path).mark() == before
+    (tmp_path / "a.txt").write_text("another")
+    assert ShardIndex(tmp_path).mark() != before
+
+
+def test_a_picture_whose_size_is_unknown_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(picture())
+    (tmp_path / "none.png").write_bytes(b"nothing")
+    index = ShardIndex(tmp_path)
+    assert [index.size(number) is None for number in range(2)] == [False, True]
+    assert [broken.key for broken in index.broken] == ["none"]

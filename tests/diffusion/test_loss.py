@@ -95,3 +95,15 @@ def test_state_moves_to_another_table() -> None:
     assert not torch.equal(first.losses, second.losses)
     with pytest.raises(ValueError, match=r"shape \(3,\); expected \(300,\)"):
         second.load_state_dict({"losses": torch.ones(3)})
+
+
+def test_a_weighted_loss_is_that_of_the_places_that_count() -> None:
+    predicted, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    weigh = torch.zeros(2, 1, 4, 4)
+    weigh[0, :, :2] = 1
+    weighted = per_sample_loss(predicted, target, weigh)
+    torch.testing.assert_close(weighted[:1], per_sample_loss(predicted[:1, :, :2], target[:1, :, :2]))
+    assert weighted[1] == 0
+    torch.testing.assert_close(
+        per_sample_loss(predicted, target, torch.full((2, 1, 4, 4), 0.3)), per_sample_loss(predicted, target)
+    )

@@ -21,6 +21,7 @@ from triptych.models.lora import merge
 from triptych.training.config import RunSettings, read_settings, shipped_recipe
 from triptych.training.loop import Progress, train
 from triptych.training.lora import build_base, following, worded
+from triptych.training.sources import Pictures
 from triptych.training.state import under
 
 pytest.importorskip("peft")
@@ -108,11 +109,12 @@ def test_training_from_a_cache_gives_the_same_losses(model: Path, tmp_path: Path
 
 
 def test_captions_carry_the_token(model: Path, tmp_path: Path) -> None:
-    asked = settings(model, tmp_path)
-    assert worded(asked, (), 0, 0) in [t.format(token="[tiny]") for t in asked.lora.templates]
+    asked = Pictures(settings(model, tmp_path))
+    templates = asked.settings.lora.templates
+    assert worded(asked, (), 0, 0) in [template.format(token="[tiny]") for template in templates]
     assert worded(asked, ("a dog",), 0, 0) == "[tiny], a dog"
     assert worded(asked, ("my [tiny] dog",), 0, 0) == "my [tiny] dog"
-    plain = settings(model, tmp_path, "lora.token=false")
+    plain = Pictures(settings(model, tmp_path, "lora.token=false"))
     assert worded(plain, ("a dog",), 0, 0) == "a dog"
 
 

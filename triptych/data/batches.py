@@ -19,7 +19,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from triptych.data.buckets import RANDOM_SHARE, Bucket, covering_size, crop_corner, nearest_bucket
+from triptych.data.buckets import (
+    RANDOM_SHARE,
+    Bucket,
+    covering_size,
+    crop_around,
+    crop_corner,
+    nearest_bucket,
+)
 from triptych.data.shards import Sample
 from triptych.data.sources import Source
 from triptych.errors import DataError, SettingsError
@@ -27,6 +34,7 @@ from triptych.images import to_pixels
 
 Loaded = TypeVar("Loaded")
 
+ELSEWHERE = 100  # samples tried beside a batch of which none can be read
 SHUFFLE, SPREAD, MIX, CROP = range(4)  # what a draw is for, part of its key
 
 
@@ -132,18 +140,25 @@ def order_of(
     """The order for a source: every picture in the bucket nearest to its shape, unreadable ones left
     out."""
     sizes = [source.size(index) for index in range(len(source))]
+    for index, size in enumerate(sizes):
+        if size is None:  # reading it notes why it cannot be read
+            source.read(index)
     own = [-1 if size is None else nearest_bucket(*size, buckets) for size in sizes]
     return BatchOrder(own, batch_size, seed, random_share if len(buckets) > 1 else 0.0)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one canvas with their captions. `pixels` (B,3,H,W) in [0,1]; all lists have B entries."""
+    """Pictures of one canvas with their captions. `pixels` (B,3,H,W) in [0,1]; all lists have B entries.
+
+    `mask` (B,1,H,W) is 1 where a picture matters, 0 where it does not; None when none of them has a mask.
+    """
 
     plan: BatchPlan
     places: tuple[int, ...]  # which places of the global batch these are
     pixels: Tensor
     samples: list[Sample]
+    mask: Tensor | None = None
 
 
 def fit(
@@ -151,8 +166,7 @@ def fit(
 ) -> Image.Image:
     """The picture resized until it covers the canvas `zoom` times over, and cropped at `at` (see
     `crop_corner`)."""
-    larger = replace(bucket, height=round(bucket.height * zoom), width=round(bucket.width * zoom))
-    height, width = covering_size(image.height, image.width, larger)
+    height, width = covering_size(image.height, image.width, zoomed(bucket, zoom))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # PIL filters when shrinking
     top, left = crop_corner((height, width), bucket, at)
@@ -175,13 +189,35 @@ def load_batch(
     """
     bucket = buckets[plan.bucket]
     places = tuple(range(len(plan.samples)) if places is None else places)
-    samples, pictures = [], []
+    samples, pictures, masks = [], [], []
     for place in places:
         sample = _first_readable(source, plan, place)
-        u = draws(seed, plan.step, CROP, place, count=2) if random_crop else (0.5, 0.5)
+        at = crop_place(sample, bucket, zoom)
+        if random_crop:
+            down, across = draws(seed, plan.step, CROP, place, count=2)
+            at = float(down), float(across)
         samples.append(sample)
-        pictures.append(fit(sample.image, bucket, (float(u[0]), float(u[1])), zoom))
-    return Batch(plan, places, to_pixels(pictures), samples)
+        pictures.append(fit(sample.image, bucket, at, zoom))
+        masks.append(None if sample.mask is None else fit(sample.mask, bucket, at, zoom))
+    return Batch(plan, places, to_pixels(pictures), samples, stack_masks(masks, bucket))
+
+
+def crop_place(sample: Sample, bucket: Bucket, zoom: float = 1.0) -> tuple[float, float]:
+    """Where a crop that is not random lies, as `fit` is told: around the picture's focus."""
+    resized = covering_size(sample.image.height, sample.image.width, zoomed(bucket, zoom))
+    return crop_around(resized, bucket, sample.focus)
+
+
+def stack_masks(masks: Sequence[Image.Image | None], bucket: Bucket) -> Tensor | None:
+    """(B,1,H,W) in [0,1] of masks on a canvas, all ones for those that are None; None when all are."""
+    if all(mask is None for mask in masks):
+        return None
+    whole = Image.new("L", (bucket.width, bucket.height), 255)
+    return to_pixels([(mask or whole).convert("RGB") for mask in masks])[:, :1]
+
+
+def zoomed(bucket: Bucket, zoom: float) -> Bucket:
+    return replace(bucket, height=round(bucket.height * zoom), width=round(bucket.width * zoom))
 
 
 def _first_readable(source: Source, plan: BatchPlan, place: int) -> Sample:
@@ -190,22 +226,14 @@ def _first_readable(source: Source, plan: BatchPlan, place: int) -> Sample:
         sample = source.read(plan.samples[(place + offset) % count])
         if sample is not None:
             return sample
-    raise DataError(f"None of the {count} samples of step {plan.step} can be read.")
-
-
-def choose_caption(sample: Sample, u: float, main_share: float = 0.5) -> str:
-    """The main caption with probability `main_share`, else one of the others; `u` is a draw in [0, 1)."""
-    number = caption_number(len(sample.captions), u, main_share)
-    return sample.captions[number] if number >= 0 else ""
-
-
-def caption_number(count: int, u: float, main_share: float = 0.5) -> int:
-    """Which of `count` captions `choose_caption` takes; -1 when there is none."""
-    if count == 0:
-        return -1
-    if count == 1 or u < main_share:
-        return 0
-    return 1 + int((u - main_share) / (1 - main_share) * (count - 1))
+    for offset in range(min(ELSEWHERE, len(source))):  # a whole batch is broken: a small bucket, say
+        sample = source.read((plan.samples[place] + offset) % len(source))
+        if sample is not None:
+            return sample
+    raise DataError(
+        f"None of the {count} samples of step {plan.step} can be read, nor any of {ELSEWHERE} others: "
+        "skipped.txt or the report of an earlier run says why."
+    )
 
 
 def stream(load: Callable[[int], Loaded], start: int, stop: int, ahead: int = 2) -> Iterator[Loaded]:

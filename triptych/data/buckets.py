@@ -89,3 +89,14 @@ def crop_corner(
     (centre)."""
     free_rows, free_columns = resized[0] - bucket.height, resized[1] - bucket.width
     return int(at[0] * (free_rows + 1)), int(at[1] * (free_columns + 1))
+
+
+def crop_around(resized: tuple[int, int], bucket: Bucket, focus: tuple[float, float]) -> tuple[float, float]:
+    """What to tell `crop_corner` for the crop whose middle is as near to `focus` (down, across, in [0, 1] of
+    the picture) as its borders let it; 0.5, 0.5 gives the centre crop."""
+    places = []
+    for side, crop, at in zip(resized, (bucket.height, bucket.width), focus, strict=True):
+        free = side - crop
+        corner = min(max(round(at * side - crop / 2), 0), free)
+        places.append(0.5 if at == 0.5 else (corner + 0.5) / (free + 1))
+    return places[0], places[1]

@@ -1,13 +1,15 @@
 """Captioned pictures in tar shards or plain folders, read by index without unpacking.
 
 A shard is a tar file whose members share a key per sample: `KEY.webp` (or png, jpg), `KEY.txt` with the
-main caption, `KEY.json` with a `captions` list and anything else. A folder holds the same files unpacked.
+main caption, `KEY.json` with a `captions` list and anything else, `KEY-mask.png` with a mask, white where the
+picture matters. A folder holds the same files unpacked. Pictures are turned upright as their EXIF data says.
 The headers of a tar are scanned once; after that every read is a positioned read of its own, so one
 `ShardIndex` serves any number of threads, and processes that inherit or unpickle it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -21,15 +23,22 @@ from typing import Any
 from PIL import Image
 
 from triptych.errors import DataError
-from triptych.images import flatten
+from triptych.images import flatten, transparency, upright
 
 PICTURE_SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
+MASK_ENDING = "-mask"  # of the name of a mask beside its picture
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+ORIENTATION = 0x0112
 SHARE_ALIKE = "CC-BY-SA-4.0"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture. `image` is RGB; `captions` holds the main caption first (possibly "")."""
+    """One captioned picture. `image` is RGB; `captions` holds the main caption first (possibly "").
+
+    `mask` ("L", as large as the picture) is 255 where the picture matters: its mask file, or else how opaque
+    it is; None where it has neither.
+    """
 
     key: str
     image: Image.Image
@@ -37,6 +46,19 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
     shard: str = ""
+    mask: Image.Image | None = None
+
+    @property
+    def focus(self) -> tuple[float, float]:
+        """The place (down, across) in [0, 1] that a crop should keep: what `prepare` found, or the middle."""
+        stated = self.meta.get("focus")
+        if (
+            isinstance(stated, list)
+            and len(stated) == 2
+            and all(isinstance(at, int | float) for at in stated)
+        ):
+            return min(max(float(stated[0]), 0.0), 1.0), min(max(float(stated[1]), 0.0), 1.0)
+        return 0.5, 0.5
 
     @property
     def caption(self) -> str:
@@ -71,6 +93,11 @@ class _Entry:
     picture: _Span | None = None
     text: _Span | None = None
     json: _Span | None = None
+    mask: _Span | None = None
+
+    @property
+    def spans(self) -> list[_Span]:
+        return [span for span in (self.picture, self.text, self.json, self.mask) if span is not None]
 
 
 class _Files:
@@ -132,13 +159,13 @@ class ShardIndex:
         self._files = _Files()
         self._entries: list[_Entry] = []
         self.broken: list[Broken] = []
-        self.filtered = 0
+        self.filtered = 0  # samples that `keep` refused
         shards = [shard for path in paths for shard in _expand(Path(path))]
         if not shards:
             raise DataError("No shards were given: name tar files, or folders of pictures.")
         for shard in shards:
             found = _scan_folder(shard) if shard.is_dir() else _scan_tar(shard, self.broken)
-            for entry in found:
+            for entry in map(_own_picture, found):
                 self._admit(entry, keep)
         if not self._entries:
             names = ", ".join(str(s) for s in shards[:3])
@@ -178,11 +205,14 @@ class ShardIndex:
         try:
             return self[index]
         except DataError as error:
-            entry = self._entries[index]
-            known = any(b.key == entry.key and b.shard == entry.shard for b in self.broken)
-            if not known:
-                self.broken.append(Broken(entry.shard, entry.key, str(error.__cause__ or error)))
+            self._note(index, str(error.__cause__ or error))
             return None
+
+    def _note(self, index: int, reason: str) -> None:
+        """List a sample that cannot be read, once."""
+        entry = self._entries[index]
+        if not any(b.key == entry.key and b.shard == entry.shard for b in self.broken):
+            self.broken.append(Broken(entry.shard, entry.key, reason))
 
     def __iter__(self) -> Iterator[Sample]:
         """All readable samples in index order."""
@@ -203,6 +233,33 @@ class ShardIndex:
             entry = self._entries[index]
             raise DataError(f"{entry.shard}: {entry.key}.json cannot be read ({error}).") from error
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of sample `index`, without decoding its picture; none where they cannot be read."""
+        entry = self._entries[index]
+        try:
+            return self._captions(entry, self._meta(entry))
+        except (OSError, ValueError):
+            return ()
+
+    def mask_content(self, index: int) -> bytes:
+        """The bytes of sample `index`'s mask file, none without one."""
+        span = self._entries[index].mask
+        try:
+            return b"" if span is None else self._files.read(span)
+        except OSError as error:
+            raise DataError(f"{self._entries[index].key}{MASK_ENDING} cannot be read ({error}).") from error
+
+    def mark(self) -> str:
+        """A text that changes when any file behind this index, or the choice of samples, does."""
+        sha = hashlib.sha256()
+        spans = [span for entry in self._entries for span in entry.spans]
+        for span in spans:
+            sha.update(f"{span.start} {span.length} ".encode())
+        for path in sorted({span.path for span in spans}):
+            status = os.stat(path)
+            sha.update(f"{Path(path).name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return sha.hexdigest()
+
     def content(self, index: int) -> tuple[bytes, str]:
         """The bytes of sample `index`'s picture file, and its main caption, "" without one."""
         entry = self._entries[index]
@@ -214,13 +271,15 @@ class ShardIndex:
             raise DataError(f"{entry.shard}: sample {entry.key} cannot be read ({error}).") from error
 
     def size(self, index: int) -> tuple[int, int] | None:
-        """Height and width from the picture's header; None when that cannot be read."""
+        """Height and width, upright, from the picture's header; one without is listed in `broken`: None."""
         entry = self._entries[index]
         assert entry.picture is not None
         try:
             with Image.open(io.BytesIO(self._files.read(entry.picture))) as picture:
-                return picture.height, picture.width
-        except (OSError, ValueError, SyntaxError):
+                turned = picture.getexif().get(ORIENTATION) in TURNED
+                return (picture.width, picture.height) if turned else (picture.height, picture.width)
+        except (OSError, ValueError, SyntaxError) as error:
+            self._note(index, str(error))
             return None
 
     def close(self) -> None:
@@ -238,15 +297,22 @@ class ShardIndex:
     def _load(self, entry: _Entry) -> Sample:
         assert entry.picture is not None
         with Image.open(io.BytesIO(self._files.read(entry.picture))) as opened:
-            image = flatten(opened)
+            whole = upright(opened)
+            image, mask = flatten(whole), transparency(whole)
+        if entry.mask is not None:
+            with Image.open(io.BytesIO(self._files.read(entry.mask))) as opened:
+                mask = upright(opened).convert("L").resize(image.size, Image.Resampling.BILINEAR)
         meta = self._meta(entry)
+        licence = str(meta.get("license", meta.get("licence", "")))
+        return Sample(entry.key, image, self._captions(entry, meta), meta, licence, entry.shard, mask)
+
+    def _captions(self, entry: _Entry, meta: dict[str, Any]) -> tuple[str, ...]:
         listed = meta.get("captions", [])
         captions = [c for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
         if entry.text is not None:
             main = self._files.read(entry.text).decode("utf-8").strip()
             captions = [main, *(c for c in captions if c != main)]
-        licence = str(meta.get("license", meta.get("licence", "")))
-        return Sample(entry.key, image, tuple(captions), meta, licence, entry.shard)
+        return tuple(captions)
 
 
 def _expand(path: Path) -> list[Path]:
@@ -265,13 +331,24 @@ def _place(entries: dict[str, _Entry], shard: Path, name: str, span: _Span) -> N
     if pure.name.startswith(".") or suffix not in (*PICTURE_SUFFIXES, ".txt", ".json"):
         return
     key = str(pure.with_suffix(""))
+    masks = suffix in PICTURE_SUFFIXES and key.endswith(MASK_ENDING)
+    key = key.removesuffix(MASK_ENDING) if masks else key
     entry = entries.setdefault(key, _Entry(key, shard.name))
-    if suffix == ".txt":
+    if masks:
+        entry.mask = span
+    elif suffix == ".txt":
         entry.text = span
     elif suffix == ".json":
         entry.json = span
     else:
         entry.picture = span
+
+
+def _own_picture(entry: _Entry) -> _Entry:
+    """A picture that is merely called like a mask, with no picture it could belong to, is one of its own."""
+    if entry.picture is None and entry.mask is not None and not (entry.text or entry.json):
+        return _Entry(entry.key + MASK_ENDING, entry.shard, picture=entry.mask)
+    return entry
 
 
 def _scan_tar(shard: Path, broken: list[Broken]) -> list[_Entry]:
@@ -300,7 +377,7 @@ def _scan_folder(folder: Path) -> list[_Entry]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         _place(entries, folder, name, _Span(str(path), 0, path.stat().st_size))
-    return [entry for entry in entries.values() if entry.picture is not None]
+    return [entry for entry in entries.values() if entry.picture is not None or entry.mask is not None]
 
 
 def without_share_alike(meta: dict[str, Any]) -> bool:

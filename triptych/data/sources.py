@@ -1,6 +1,6 @@
 """Where training pictures come from, all seen alike: numbered, sized, readable in any order.
 
-A `Source` is anything with these four methods; `ShardIndex` is one. `DrawnShapes` draws its pictures when
+A `Source` is anything with these methods; `ShardIndex` is one. `DrawnShapes` draws its pictures when
 they are read, and `Joined` puts several sources one behind the other, some more than once to give them more
 weight.
 """
@@ -34,6 +34,12 @@ class Source(Protocol):
     def size(self, index: int) -> tuple[int, int] | None: ...
 
     def read(self, index: int) -> Sample | None: ...
+
+    def captions(self, index: int) -> tuple[str, ...]: ...
+
+    def mark(self) -> str:
+        """A text that changes when the samples do."""
+        ...
 
 
 class DrawnShapes:
@@ -70,6 +76,12 @@ class DrawnShapes:
         height, width = self.size(index)
         return draw_shapes(self.first_seed + index, width, height, mix=self.mix)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.read(index).captions
+
+    def mark(self) -> str:
+        return f"{self.count} {self.canvases} {self.key(0)}"
+
 
 class OnCanvases:
     """The pictures of another source on canvases (height, width) taken in turn, by number.
@@ -100,7 +112,19 @@ class OnCanvases:
         height, width = self.canvases[index % len(self.canvases)]
         if sample.image.size == (width, height):
             return sample
-        return replace(sample, image=to_canvas(sample.image, height, width))
+        image = to_canvas(sample.image, height, width)
+        if sample.mask is None:
+            return replace(sample, image=image)
+        framed = plain_background(sample.image) is not None
+        place = ImageOps.pad if framed else ImageOps.fit  # as the picture, the rim around it left out
+        mask = place(sample.mask, (width, height), Image.Resampling.BILINEAR)
+        return replace(sample, image=image, mask=mask)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(index)
+
+    def mark(self) -> str:
+        return f"{self.canvases} {self.source.mark()}"
 
 
 def to_canvas(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -154,3 +178,10 @@ class Joined:
     def read(self, index: int) -> Sample | None:
         source, inner = self._find(index)
         return source.read(inner)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, inner = self._find(index)
+        return source.captions(inner)
+
+    def mark(self) -> str:
+        return "\n".join(part.mark() for part in self._parts)

@@ -13,10 +13,16 @@ DECAY = 0.99
 WEIGHT_RANGE = (1e-7, 1e7)
 
 
-def per_sample_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample: (B, ...) and (B, ...) -> (B,), in float32."""
+def per_sample_loss(predicted: Tensor, target: Tensor, weigh: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample: (B, ...) and (B, ...) -> (B,), in float32.
+
+    With weights `weigh` (B,1,h,w) it is the weighted mean over places; 0 where all of a sample's are 0.
+    """
     error = (predicted.float() - target.float()) ** 2
-    return error.flatten(1).mean(dim=1)
+    if weigh is None:
+        return error.flatten(1).mean(dim=1)
+    total = (error.mean(dim=1, keepdim=True) * weigh.float()).flatten(1).sum(dim=1)
+    return total / weigh.float().flatten(1).sum(dim=1).clamp_min(1e-6)
 
 
 def p2_weight(logsnr: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:

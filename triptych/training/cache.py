@@ -1,8 +1,8 @@
 """Latents and embeddings of a whole data set, made once and read by index while training.
 
-A cache is a folder of safetensors files and an `index.json` that says what made it: the files of the frozen
-parts, the samples, the canvases. Anything else there means it is made again. A build that was interrupted
-goes on where it stopped.
+A cache is a folder of safetensors files and a `made_from.json` that says what made it: the files of the
+frozen parts, the files of the samples, the canvases. Anything else there means it is made again. A build that
+was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from triptych.checkpoints.files import read_tensors, write_atomically, write_tensors
 from triptych.conditioning.encode import TextEncoder
-from triptych.data.batches import fit
+from triptych.data.batches import crop_place, fit, stack_masks
 from triptych.data.buckets import Bucket, nearest_bucket
 from triptych.data.sources import Source
 from triptych.images import to_pixels
-from triptych.training.encoders import Encoded, Encoders, encode_pictures
+from triptych.training.encoders import Encoded, Encoders, encode_pictures, shrink_mask
 
+FORMAT = 2  # of what is kept; caches of another one are made again
 CHUNK = 512  # samples a file
 TOGETHER = 16  # samples encoded at once
 
@@ -61,8 +62,16 @@ class Cache:
         windows = max(-(-rows.shape[0] // self.window) for rows in hidden)
         return Encoded(
             latents_c, latents_b, torch.stack([self.padded(rows, windows) for rows in hidden]),
-            torch.stack(pooled), image,
+            torch.stack(pooled), image, self.masks(samples),
         )  # fmt: skip
+
+    def masks(self, samples: Sequence[int]) -> Tensor | None:
+        """Masks of samples of one canvas as `Encoded` has them; None when none of them has one."""
+        own = [self.tensors.get(f"m.{sample}") for sample in samples]
+        known = next((mask for mask in own if mask is not None), None)
+        if known is None:
+            return None
+        return torch.stack([torch.ones_like(known) if mask is None else mask for mask in own]).float()
 
     def stack(self, kind: str, samples: Sequence[int]) -> Tensor:
         return torch.stack([self.tensors[f"{kind}.{sample}"] for sample in samples]).float()
@@ -89,10 +98,11 @@ def open_cache(
     assert encoders.text is not None
     folder.mkdir(parents=True, exist_ok=True)
     mark = {
+        "format": FORMAT,
         "parts": [digest(path) for path in made_from],
         "buckets": [asdict(bucket) for bucket in buckets],
         "captions": captions,
-        "samples": hashlib.sha256("\n".join(source.key(i) for i in range(len(source))).encode()).hexdigest(),
+        "samples": hashlib.sha256(source.mark().encode()).hexdigest(),
     }
     marks = folder / "made_from.json"
     if not marks.exists() or json.loads(marks.read_text(encoding="utf-8")) != mark:
@@ -126,7 +136,8 @@ def encode_chunk(
     progress: Callable[[int, int], None],
     limit: int,
 ) -> dict[str, Tensor]:
-    """The tensors of some samples, float16: c.N, b.N latents, i.N embedding, t.N.K and p.N.K captions."""
+    """The tensors of some samples, float16: latents c.N and b.N, mask m.N, embedding i.N, captions t.N.K and
+    p.N.K."""
     assert encoders.text is not None
     tensors: dict[str, Tensor] = {}
     place_of: list[int] = []
@@ -154,7 +165,13 @@ def encode_chunk(
         place_of.append(place)
         counts.append(min(limit, len(sample.captions)))
         captions += [(caption, number, k) for k, caption in enumerate(sample.captions[:limit])]
-        waiting.setdefault(place, []).append((number, to_pixels([fit(sample.image, buckets[place])])))
+        bucket = buckets[place]
+        at = crop_place(sample, bucket)
+        waiting.setdefault(place, []).append((number, to_pixels([fit(sample.image, bucket, at)])))
+        if sample.mask is not None:
+            mask = stack_masks([fit(sample.mask, bucket, at)], bucket)
+            assert mask is not None
+            tensors[f"m.{number}"] = shrink_mask(mask)[0].to(torch.float16)
         if len(waiting[place]) == TOGETHER:
             flush(place)
             progress(number, len(source))

@@ -56,6 +56,9 @@ class DataSettings(Settings):
         100, ge=1, description="at most this many captions of a picture, the main one first"
     )
     main_caption: float = Field(0.5, ge=0, le=1, description="how often the main caption is chosen")
+    shuffle_tags: bool = Field(False, description="tags of a caption, separated by commas, in any order")
+    keep_tags: int = Field(0, ge=0, description="so many tags at its beginning stay where they are")
+    drop_tags: float = Field(0.0, ge=0, lt=1, description="share of the other tags left out")
     cache: str = Field("", description="folder for latents and embeddings made once, before training")
     readers: int = Field(1, ge=0, description="batches read ahead in the background")
 
@@ -94,6 +97,10 @@ class DiffusionSettings(Settings):
     )
     offset_noise: float = Field(0.0, ge=0, description="weight of noise that is constant per channel")
     pyramid_noise: bool = Field(True, description="coarse structure in Stage B's noise, as published")
+    masked: bool = Field(
+        False, description="learn where masks (KEY-mask.png, or a picture's opacity) are white"
+    )
+    unmasked: float = Field(0.0, ge=0, le=1, description="weight of the rest of such a picture")
     drop_text: float = Field(0.05, ge=0, le=1, description="share of captions replaced by the empty one")
     keep_image: float = Field(0.1, ge=0, le=1, description="share of samples that see the image embedding")
     image_from_text: bool = Field(
@@ -170,6 +177,10 @@ class RunSettings(Settings):
     batch: int = Field(16, ge=1, description="pictures per update, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is worked through")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products")
+    not_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="after a loss or gradient that is no number: end the run, or leave that update out",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or mps")
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1, description="updates between checkpoints")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.checkpoints.catalog import PACKAGED, package_folder, scan
@@ -43,11 +44,12 @@ class Encoded:
     text_hidden: Tensor  # (B, n, Wt)
     text_pooled: Tensor  # (B, Wp)
     image_embed: Tensor | None  # (B, Wi)
+    mask: Tensor | None = None  # (B, 1, H/4, W/4) in [0, 1], 1 where the picture matters; None: everywhere
 
-    def __getitem__(self, rows: slice) -> Encoded:
-        latents_b = None if self.latents_b is None else self.latents_b[rows]
-        image = None if self.image_embed is None else self.image_embed[rows]
-        return Encoded(self.latents_c[rows], latents_b, self.text_hidden[rows], self.text_pooled[rows], image)
+
+def shrink_mask(mask: Tensor) -> Tensor:
+    """A mask of pixels (B,1,H,W) as `Encoded` holds it: means of 4x4 pixels, those of Stage A's latents."""
+    return F.avg_pool2d(mask, 4)
 
 
 def part_path(part: str, given: str) -> Path:

@@ -32,7 +32,7 @@ from triptych.errors import MissingExtra, SettingsError
 from triptych.models.lora import Change, TokenTable
 from triptych.training.config import LoraSettings, RunSettings
 from triptych.training.draws import Draws
-from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders
+from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders, shrink_mask
 from triptych.training.prior import gated, open_prior, prior_loss
 from triptych.training.recipes import (
     open_diffusion_cache,
@@ -83,9 +83,7 @@ def lora_task(
     learned = Learned(learning(base))
     text = base.encoders.text
     assert text is not None
-    captions = [
-        sample.captions if sample else () for sample in map(pictures.source.read, range(len(pictures.source)))
-    ]
+    captions = [pictures.source.captions(number) for number in range(len(pictures.source))]
     needed = needed_parts(own)
     cache = open_diffusion_cache(settings, pictures, base.encoders, needed, device, progress)
     prior = None
@@ -95,21 +93,23 @@ def lora_task(
     adaptive = AdaptiveWeight()
 
     def load(plan: BatchPlan, places: Sequence[int]) -> tuple[BatchPlan, Sequence[int], Any]:
-        return plan, places, None if cache else pictures.load(plan, places).pixels
+        return plan, places, None if cache else pictures.load(plan, places)
 
     def loss(player: str, batch: Any, noise: Draws, step: int) -> Losses:
-        plan, places, pixels = batch
+        plan, places, read = batch
         samples = [plan.samples[place] for place in places]
         told = [
-            worded(settings, captions[s], plan.step, place) for s, place in zip(samples, places, strict=True)
+            worded(pictures, captions[s], plan.step, place) for s, place in zip(samples, places, strict=True)
         ]
         hidden, pooled = text.encode_with_gradient(told)
         if cache is not None:
             latents_c = cache.stack("c", samples)
             latents_b = cache.stack("b", samples) if "stage_b" in own.parts else None
+            mask = cache.masks(samples)
         else:
-            latents_c, latents_b, _ = encode_pictures(base.encoders, pixels.to(device))
-        encoded = Encoded(latents_c, latents_b, hidden, pooled, None)
+            latents_c, latents_b, _ = encode_pictures(base.encoders, read.pixels.to(device))
+            mask = None if read.mask is None else shrink_mask(read.mask)
+        encoded = Encoded(latents_c, latents_b, hidden, pooled, None, mask)
         losses = None
         for part in own.parts:
             loss_of: Any = stage_c_loss if part == "stage_c" else stage_b_loss
@@ -143,7 +143,8 @@ def lora_task(
 
     return Task(
         {"lora": learned}, pictures.order(cache.buckets if cache else None), load, loss, info, sample,
-        players={"lora": ["lora"]}, tables={"adaptive": adaptive}, skipped=pictures.skipped, write=write,
+        players={"lora": ["lora"]}, tables={"adaptive": adaptive},
+        skipped=pictures.skipped, key_of=pictures.source.key, write=write,
     )  # fmt: skip
 
 
@@ -246,14 +247,14 @@ def learning(base: Base) -> dict[str, nn.Parameter]:
     return found
 
 
-def worded(settings: RunSettings, captions: Sequence[str], step: int, place: int) -> str:
+def worded(pictures: Pictures, captions: Sequence[str], step: int, place: int) -> str:
     """What is told of a picture: one of its captions with the token before it, or one of the templates."""
-    own = settings.lora
+    settings, own = pictures.settings, pictures.settings.lora
     token = token_name(settings.name) if own.token else ""
     first, second = draws(settings.seed, step, WORDING, place, count=2)
     given = [caption for caption in captions if caption]
     if given:
-        caption = given[int(first * len(given))]
+        caption = pictures.rearranged(given[int(first * len(given))], step, place)
         return caption if not token or token in caption else own.caption.format(token=token, caption=caption)
     return own.templates[int(second * len(own.templates))].format(token=token or own.word)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from triptych.checkpoints.files import PartInfo
 from triptych.checkpoints.load import config_fields
+from triptych.conditioning.towers import weight_file
 from triptych.data.batches import Batch, BatchPlan
 from triptych.diffusion.denoiser import Denoiser, Guidance
 from triptych.diffusion.loss import AdaptiveWeight, min_snr_weight, p2_weight, per_sample_loss
@@ -31,7 +32,7 @@ from triptych.models.semantic import PREVIEWER, SEMANTIC, Previewer, SemanticCon
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.cache import Cache, open_cache
-from triptych.training.config import RunSettings
+from triptych.training.config import DiffusionSettings, RunSettings
 from triptych.training.draws import Draws
 from triptych.training.encoders import (
     Encoded,
@@ -40,6 +41,7 @@ from triptych.training.encoders import (
     frozen,
     load_encoders,
     part_path,
+    shrink_mask,
 )
 from triptych.training.image_tower import image_tower_loss
 from triptych.training.sources import Pictures
@@ -141,7 +143,8 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
 
     return Task(
         networks, pictures.order(), pictures.load, loss, info, sample,
-        players={"autoencoder": list(networks)}, skipped=pictures.skipped,
+        players={"autoencoder": list(networks)},
+        skipped=pictures.skipped, key_of=pictures.source.key,
     )  # fmt: skip
 
 
@@ -163,7 +166,8 @@ def image_encoder_task(settings: RunSettings, pictures: Pictures, device: torch.
 
     return Task(
         {"image_encoder": tower}, pictures.order(), pictures.load, loss, info, lambda trained, out: None,
-        players={"image_encoder": ["image_encoder"]}, skipped=pictures.skipped,
+        players={"image_encoder": ["image_encoder"]},
+        skipped=pictures.skipped, key_of=pictures.source.key,
     )  # fmt: skip
 
 
@@ -205,10 +209,20 @@ def diffusion_task(
             pictures.caption_number(plan, place, cache.captions[sample])
             for place, sample in zip(places, samples, strict=True)
         ]
-        return DiffusionBatch(plan, places, encoded=cache.read(samples, numbers))
+        told: list[str] = []
+        if pictures.rearranges:  # latents are kept, captions are read as they come
+            told = [
+                pictures.caption(plan, place, pictures.source.captions(sample))
+                for place, sample in zip(places, samples, strict=True)
+            ]
+        return DiffusionBatch(plan, places, None, told, cache.read(samples, numbers))
 
     def loss(player: str, batch: DiffusionBatch, draws: Draws, step: int) -> Losses:
         encoded = batch.encoded or encode_batch(settings, encoders, batch, device)
+        if batch.encoded is not None and pictures.rearranges:
+            assert encoders.text is not None
+            hidden, pooled = encoders.text.encode(batch.captions)
+            encoded = dataclasses.replace(encoded, text_hidden=hidden, text_pooled=pooled)
         return loss_of(settings, network, encoded, draws, adaptive, encoders, device)
 
     @torch.no_grad()
@@ -224,7 +238,8 @@ def diffusion_task(
     return Task(
         {settings.recipe: network}, pictures.order(cache.buckets if cache else None),
         load, loss, info, sample,
-        players={settings.recipe: [settings.recipe]}, tables={"adaptive": adaptive}, skipped=pictures.skipped,
+        players={settings.recipe: [settings.recipe]}, tables={"adaptive": adaptive},
+        skipped=pictures.skipped, key_of=pictures.source.key,
     )  # fmt: skip
 
 
@@ -244,11 +259,12 @@ def open_diffusion_cache(
             "diffusion.semantic_scale = [1.0, 1.0]."
         )
     parts = [(part, getattr(settings.parts, part)) for part in needed]
-    files = [part_path(part, given) for part, given in parts if given is not None]
+    files = [weight_file(part_path(part, given), part) for part, given in parts if given is not None]
+    files += [words for path in files if (words := path.with_name("tokenizer.json")).is_file()]
     folder = Path(settings.data.cache)
-    return open_cache(
-        folder, pictures.source, pictures.buckets, encoders, files, device, progress, settings.data.captions
-    )
+    told_anew = pictures.rearranges or settings.recipe == "lora"  # no text is kept then
+    captions = 0 if told_anew else settings.data.captions
+    return open_cache(folder, pictures.source, pictures.buckets, encoders, files, device, progress, captions)
 
 
 @torch.no_grad()
@@ -269,7 +285,9 @@ def encode_batch(
         smaller = F.interpolate(pixels, size=size, mode="nearest")
     latents_c, latents_b, image = encode_pictures(encoders, pixels, smaller)
     hidden, pooled = encoders.text.encode(batch.captions)
-    return Encoded(latents_c, latents_b, hidden, pooled, image)
+    mask = batch.pictures.mask
+    mask = None if mask is None else shrink_mask(mask)
+    return Encoded(latents_c, latents_b, hidden, pooled, image, mask)
 
 
 def stage_c_loss(
@@ -300,7 +318,10 @@ def stage_c_loss(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         return network(x, time, hidden, pooled, image)
 
-    return diffusion_losses(predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive)
+    weigh = masked(encoded.mask, x0, diffusion) if diffusion.masked else None
+    return diffusion_losses(
+        predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive, weigh
+    )
 
 
 def stage_b_loss(
@@ -332,7 +353,10 @@ def stage_b_loss(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         return network(x, time, semantic, pooled)
 
-    return diffusion_losses(predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive)
+    weigh = masked(encoded.mask, x0, diffusion) if diffusion.masked else None
+    return diffusion_losses(
+        predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive, weigh
+    )
 
 
 def diffusion_losses(
@@ -343,22 +367,33 @@ def diffusion_losses(
     prediction: Prediction,
     weight: str,
     adaptive: AdaptiveWeight,
+    weigh: Tensor | None = None,
 ) -> Losses:
     """The published objective: squared error of the prediction, weighted by noise level, mean over the batch.
 
-    `predict(x, time)` is told the time that belongs to the noise level; training is never shifted.
+    `predict(x, time)` is told the time that belongs to the noise level; training is never shifted. `weigh`
+    (B,1,h,w) says how much each place of a picture counts.
     """
     schedule = Schedule()
     logsnr = schedule.logsnr(t)
     x = add_noise(x0, eps, logsnr)
     predicted = predict(x, schedule.time(logsnr))
-    per_sample = per_sample_loss(predicted, target(prediction, x0, eps, logsnr))
+    per_sample = per_sample_loss(predicted, target(prediction, x0, eps, logsnr), weigh)
     if weight == "adaptive":
         weights = adaptive(logsnr)
         adaptive.update(logsnr, per_sample)
     else:
         weights = loss_weight(weight, prediction, logsnr)
     return Losses((weights * per_sample).mean(), per_sample.detach(), t)
+
+
+def masked(mask: Tensor | None, like: Tensor, diffusion: DiffusionSettings) -> Tensor | None:
+    """How much each place of latents `like` (B,C,h,w) counts, (B,1,h,w): 1 inside the mask, `unmasked`
+    outside, and in between where a latent lies on its rim."""
+    if mask is None:
+        return None
+    inside = F.adaptive_avg_pool2d(mask.to(like), (like.shape[2], like.shape[3]))
+    return diffusion.unmasked + (1 - diffusion.unmasked) * inside
 
 
 def loss_weight(name: str, prediction: Prediction, logsnr: Tensor) -> Tensor:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from triptych.data.batches import (
     Batch,
     BatchOrder,
     BatchPlan,
-    caption_number,
-    choose_caption,
     draws,
     order_of,
 )
 from triptych.data.batches import load_batch as load_pixels
 from triptych.data.buckets import buckets_of, make_buckets
+from triptych.data.captions import caption_number, count_tags, rearrange
 from triptych.data.shapes import Mix
-from triptych.data.shards import ShardIndex, without_share_alike
+from triptych.data.shards import SHARE_ALIKE, ShardIndex, without_share_alike
 from triptych.data.sources import DrawnShapes, Joined, OnCanvases, Source
 from triptych.errors import SettingsError
 from triptych.training.config import DataSettings, RunSettings
 
-CAPTION = 4  # what a draw of data/batches.py is for, after its own four
+CAPTION, TAGS = 4, 6  # what a draw of data/batches.py is for, after its own four; 5 is lora.py's
 
 
 class Pictures:
@@ -79,23 +77,44 @@ class Pictures:
 
     def captions(self, batch: Batch) -> list[str]:
         """One caption for each sample of a batch."""
-        share, limit = self.settings.data.main_caption, self.settings.data.captions
         return [
-            choose_caption(
-                replace(sample, captions=sample.captions[:limit]), self.caption_draw(batch.plan, place), share
-            )
+            self.caption(batch.plan, place, sample.captions)
             for sample, place in zip(batch.samples, batch.places, strict=True)
         ]
 
-    def caption_number(self, plan: BatchPlan, place: int, count: int) -> int:
-        """Which of `count` captions a sample shows at this step: the rule of `choose_caption`."""
-        return caption_number(count, self.caption_draw(plan, place), self.settings.data.main_caption)
+    def caption(self, plan: BatchPlan, place: int, captions: Sequence[str]) -> str:
+        """What is told at one place of a batch of a picture with these captions."""
+        number = self.caption_number(plan, place, min(len(captions), self.settings.data.captions))
+        return self.rearranged(captions[number], plan.step, place) if number >= 0 else ""
 
-    def caption_draw(self, plan: BatchPlan, place: int) -> float:
-        return float(draws(self.settings.seed, plan.step, CAPTION, place, count=1)[0])
+    def caption_number(self, plan: BatchPlan, place: int, count: int) -> int:
+        """Which of `count` captions a sample shows at this step."""
+        u = float(draws(self.settings.seed, plan.step, CAPTION, place, count=1)[0])
+        return caption_number(count, u, self.settings.data.main_caption)
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether captions change from one time they are told to the next."""
+        return self.settings.data.shuffle_tags or self.settings.data.drop_tags > 0
+
+    def rearranged(self, caption: str, step: int, place: int) -> str:
+        """A caption with its tags in the order of this step."""
+        data = self.settings.data
+        if not self.rearranges:
+            return caption
+        u = draws(self.settings.seed, step, TAGS, place, count=2 * count_tags(caption))
+        return rearrange(
+            caption, u.tolist(), shuffle=data.shuffle_tags, keep=data.keep_tags, drop=data.drop_tags
+        )
 
     def skipped(self) -> list[str]:
         """Samples that could not be read, with the reason."""
         if self.shards is None:
             return []
-        return [f"{broken.shard}: {broken.key}: {broken.reason}" for broken in self.shards.broken]
+        lines = [f"{broken.shard}: {broken.key}: {broken.reason}" for broken in self.shards.broken]
+        if self.shards.filtered:
+            lines.append(
+                f"{self.shards.filtered} pictures under {SHARE_ALIKE}, whose duties would pass to the "
+                "weights: data.share_alike = true takes them"
+            )
+        return lines
