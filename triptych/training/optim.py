@@ -1,4 +1,4 @@
-"""What turns gradients into weights: AdamW, its learning rate over the run, clipping, the running average.
+"""What turns gradients into weights: an optimiser, its rate over the run, clipping, the running average.
 
 All of it is plain functions of a step number, so a resumed run needs nothing but the optimiser's own state.
 The defaults are those of the published recipes: AdamW at 1e-4 with the library's constants, decay on every
@@ -15,11 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from triptych.errors import TrainingError
+from triptych.errors import MissingExtra, TrainingError
+from triptych.training.adamw8bit import AdamW8bit
 from triptych.training.muon import Muon
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Kind = Literal["adamw", "muon"]
+Kind = Literal["adamw", "muon", "adafactor", "adamw8bit", "schedule_free"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,7 +29,7 @@ class OptimSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Kind = Field("adamw", description="adamw, or muon: matrices by Muon and the rest by AdamW")
+    kind: Kind = Field("adamw", description="of optimiser; muon moves matrices, and adamw the rest")
     lr: Positive = Field(1e-4, description="learning rate after warm-up")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's two running averages")
     eps: Positive = Field(1e-8, description="AdamW's denominator floor")
@@ -46,6 +47,10 @@ class OptimSettings(BaseModel):
     def _the_fall_has_a_place(self) -> OptimSettings:
         if self.schedule == "constant":
             return self
+        if self.kind == "schedule_free":
+            raise ValueError(
+                'kind "schedule_free" averages weights instead of lowering the rate: leave out schedule'
+            )
         if self.fall_until is None:
             raise ValueError(
                 f'schedule "{self.schedule}" needs fall_until, the update at which the fall ends'
@@ -91,13 +96,33 @@ def parameter_groups(parameters: Iterable[nn.Parameter], settings: OptimSettings
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimiser of `settings.kind` over the parameters that require gradients.
 
-    Raises TrainingError if there are none. Its rate is meaningless until `set_learning_rate`.
+    Raises TrainingError if there are none, MissingExtra if a package is. Its rate is meaningless until
+    `set_learning_rate`.
     """
-    groups = parameter_groups(parameters, settings)
+    groups: Any = parameter_groups(parameters, settings)
+    if settings.kind == "adafactor":
+        from transformers.optimization import Adafactor  # with updates as large as AdamW's, so its rate holds
+
+        return Adafactor(groups, lr=settings.lr, scale_parameter=False, relative_step=False)
     common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.kind == "muon":
         return Muon(groups, **common, momentum=settings.momentum)
+    if settings.kind == "adamw8bit":
+        return AdamW8bit(groups, **common)
+    if settings.kind == "schedule_free":
+        try:
+            from schedulefree import AdamWScheduleFree
+        except ImportError:
+            raise MissingExtra("schedulefree", "train", 'optim.kind = "schedule_free"') from None
+        return AdamWScheduleFree(groups, **common, warmup_steps=0)
     return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def to_training_point(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Between updates a schedule-free optimiser keeps the averaged weights; gradients are taken elsewhere."""
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
 
 
 def learning_rate(step: int, settings: OptimSettings) -> float:
