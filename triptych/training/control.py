@@ -103,7 +103,8 @@ def controlnet_task(
     return Task(
         {"controlnet": network}, pictures.order(cache.buckets if cache else None),
         load, loss, info, sample,
-        players={"controlnet": ["controlnet"]}, tables={"adaptive": adaptive}, skipped=pictures.skipped,
+        players={"controlnet": ["controlnet"]}, tables={"adaptive": adaptive},
+        skipped=pictures.skipped, key_of=pictures.source.key,
     )  # fmt: skip
 
 

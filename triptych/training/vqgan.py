@@ -90,7 +90,7 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
     return Task(
         {"stage_a": stage_a}, pictures.order(), pictures.load, loss, info, sample,
         players=players, helpers=helpers, start_of={"discriminator": weights.adversarial_start},
-        skipped=pictures.skipped,
+        skipped=pictures.skipped, key_of=pictures.source.key,
     )  # fmt: skip
 
 
