@@ -23,6 +23,7 @@ class ImageTowerConfig:
     widths: tuple[int, ...] = (32, 64, 128, 256)  # channels per stage, each at half the resolution before it
     blocks: tuple[int, ...] = (1, 1, 2, 1)  # residual blocks per stage
     width: int = 384  # of the embedding: that of the text tower's pooled vector
+    place_width: int = 0  # channels of the last map that reach the embedding place by place; 0: only pooled
 
 
 class Block(nn.Module):
@@ -54,7 +55,13 @@ class ImageTower(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(2 * before)
         self.project = nn.Linear(2 * before, config.width)
+        if config.place_width:
+            last = config.side // (PATCH * 2 ** (len(config.widths) - 1))
+            self.narrow = nn.Conv2d(before, config.place_width, 1)
+            self.places = nn.Linear(config.place_width * last**2, config.width)
         self.reset_parameters()
+        if config.place_width:
+            nn.init.zeros_(self.places.weight)
 
     def reset_parameters(self) -> None:
         """Variance-keeping truncated normals; blocks start as a small addition to their input."""
@@ -83,11 +90,13 @@ class ImageTower(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.stages(x)  # (B, C, side / 32, side / 32) with four stages
         # The mean knows how much there is of something, the maximum whether there is any: small objects.
-        x = self.norm(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
-        return F.normalize(self.project(x), dim=-1)
+        embed = self.project(self.norm(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)))
+        if self.config.place_width:
+            embed = embed + self.places(F.silu(self.narrow(x)).flatten(1))  # what is where
+        return F.normalize(embed, dim=-1)
 
 
 IMAGE_TOWER = {
-    "mini": ImageTowerConfig(),
+    "mini": ImageTowerConfig(place_width=64),
     "tiny": ImageTowerConfig(side=32, widths=(8, 16), blocks=(1, 1), width=32),
 }

@@ -88,6 +88,12 @@ class AutoencoderSettings(Settings):
     latent_noise: float = Field(0.0, ge=0, description="deviation of noise added to semantic latents")
 
 
+class ImageEncoderSettings(Settings):
+    """The small image encoder."""
+
+    look: float = Field(0.0, ge=0, description="weight of giving a small view back from the embedding")
+
+
 class DiffusionSettings(Settings):
     """Stages B and C: what is predicted, how it is weighted, what is dropped."""
 
@@ -103,6 +109,10 @@ class DiffusionSettings(Settings):
     unmasked: float = Field(0.0, ge=0, le=1, description="weight of the rest of such a picture")
     drop_text: float = Field(0.05, ge=0, le=1, description="share of captions replaced by the empty one")
     keep_image: float = Field(0.1, ge=0, le=1, description="share of samples that see the image embedding")
+    picture_only: float = Field(
+        0.0, ge=0, le=1,
+        description="Stage C: share told by the image embedding alone, in the caption's place too",
+    )  # fmt: skip
     image_from_text: bool = Field(
         False, description="without an image encoder: the caption's vector stands in"
     )
@@ -199,6 +209,7 @@ class RunSettings(Settings):
     data: DataSettings = DataSettings()
     parts: PartsSettings = PartsSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
+    image_encoder: ImageEncoderSettings = ImageEncoderSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
     control: ControlSettings = ControlSettings()
     lora: LoraSettings = LoraSettings()

@@ -1,24 +1,48 @@
-"""The recipe of the small image tower: land where the text tower puts the picture's caption."""
+"""The recipe of the small image tower: land near the picture's caption in the text tower's space, and keep
+the look of the picture."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych.conditioning.encode import centre_square
 from triptych.models.image_tower import ImageTower
 
 TEMPERATURE = 0.07  # CLIP's starting value [Radford 2021, section 2.5]
+VIEW = 32  # pixels per side of what the embedding must be able to show
 CONTRAST = 0.3  # weight of telling the batch's captions apart, beside being near one's own
 
 
-def image_tower_loss(tower: ImageTower, pixels: Tensor, pooled: Tensor) -> Tensor:
-    """Scalar loss of `tower` on pictures (B, 3, H, W) in [0, 1] and their captions' `pooled` (B, width).
+def embed(tower: ImageTower, pixels: Tensor) -> Tensor:
+    """Embeddings (B, width) of pictures (B, 3, H, W) in [0, 1], brought to the tower's size here."""
+    return tower(centre_square(pixels, tower.side))
 
-    The pictures are brought to the tower's size here. Each row of `pooled` has length 1.
+
+class Viewer(nn.Module):
+    """A small picture out of an embedding, (B, width) -> (B, 3, VIEW, VIEW): a helper of training.
+
+    Captions do not say how a thing looks, so an embedding that only lies near them forgets it. Around its
+    caption there is room: giving a small view of the picture back makes the tower use it.
     """
-    return embedding_loss(tower(centre_square(pixels, tower.side)), pooled)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(width, 128 * 4 * 4)
+        sides = ((128, 64), (64, 32), (32, 3))
+        self.steps = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in sides)
+
+    def forward(self, embed: Tensor) -> Tensor:
+        x = self.enter(embed * embed.shape[1] ** 0.5).unflatten(1, (128, 4, 4))
+        for step in self.steps:
+            x = step(F.interpolate(F.silu(x), scale_factor=2.0, mode="nearest"))
+        return x
+
+
+def view_loss(viewer: nn.Module, embed: Tensor, pixels: Tensor) -> Tensor:
+    """Mean squared error, (), between a viewer's answer and the centre squares of `pixels` (B, 3, H, W)."""
+    return F.mse_loss(viewer(embed), centre_square(pixels, VIEW))
 
 
 def embedding_loss(image: Tensor, text: Tensor) -> Tensor:

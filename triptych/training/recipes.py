@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from triptych.checkpoints.files import PartInfo
-from triptych.checkpoints.load import config_fields
 from triptych.conditioning.towers import weight_file
 from triptych.data.batches import Batch, BatchPlan
 from triptych.diffusion.denoiser import Denoiser, Guidance
@@ -25,10 +24,17 @@ from triptych.diffusion.loss import AdaptiveWeight, min_snr_weight, p2_weight, p
 from triptych.diffusion.prediction import Prediction, add_noise, offset_noise, pyramid_noise, target
 from triptych.diffusion.samplers import SAMPLERS
 from triptych.diffusion.schedule import Schedule, training_times
-from triptych.errors import SettingsError, nearest
+from triptych.errors import SettingsError
 from triptych.images import grid, to_images
 from triptych.models.image_tower import IMAGE_TOWER, ImageTower
-from triptych.models.semantic import PREVIEWER, SEMANTIC, Previewer, SemanticConfig, SemanticEncoder
+from triptych.models.semantic import (
+    PREVIEWER,
+    SEMANTIC,
+    Previewer,
+    PreviewerConfig,
+    SemanticConfig,
+    SemanticEncoder,
+)
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.cache import Cache, open_cache
@@ -43,8 +49,9 @@ from triptych.training.encoders import (
     part_path,
     shrink_mask,
 )
-from triptych.training.image_tower import image_tower_loss
+from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
 from triptych.training.sources import Pictures
+from triptych.training.start import following_init, network_config, trained_info
 from triptych.training.task import Losses, Task
 from triptych.training.vqgan import stage_a_task
 
@@ -54,6 +61,7 @@ WHOLE_BATCH = 2**31  # a place that no sample has, for draws that a batch shares
 
 def build_task(settings: RunSettings, device: torch.device, progress: Callable[[int, int], None]) -> Task:
     """Networks, data and loss of a run. `progress(done, of)` is told how far a cache is."""
+    settings = following_init(settings)
     pictures = Pictures(settings)
     if settings.recipe == "lora":
         from triptych.training.lora import lora_task  # it uses what follows here
@@ -69,34 +77,12 @@ def build_task(settings: RunSettings, device: torch.device, progress: Callable[[
     return from_pixels[settings.recipe](settings, pictures, device)
 
 
-def configured(presets: dict[str, Any], settings: RunSettings) -> Any:
-    """The network config of a run: a preset with the fields of `network` changed."""
-    if settings.size not in presets:
-        raise SettingsError(f'size "{settings.size}": {nearest(settings.size, presets)}.')
-    preset = presets[settings.size]
-    known = [field.name for field in dataclasses.fields(preset)]
-    for name in settings.network:
-        if name not in known:
-            raise SettingsError(f'network: unknown field "{name}"; {nearest(name, known)}.')
-    changes = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.network.items()
-    }
-    return dataclasses.replace(preset, **changes)
-
-
-def part_info(settings: RunSettings, part: str, network: nn.Module, extra: dict[str, Any]) -> PartInfo:
-    """The metadata of a trained part; the loop fills in the step."""
-    return PartInfo(
-        part=part,
-        config=config_fields(network.config),
-        settings=extra,
-        recipe=settings.name or settings.recipe,
-        licence=settings.licence,
-        notice=settings.notice,
-    )
-
-
 # The semantic encoder and its previewer, an autoencoder.
+
+
+def previewer_config(settings: RunSettings) -> PreviewerConfig:
+    """Fields of `network` are the encoder's."""
+    return network_config(settings.model_copy(update={"network": {}}), "previewer", PREVIEWER)  # type: ignore[no-any-return]
 
 
 def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.device) -> Task:
@@ -106,10 +92,10 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
     model needs of them.
     """
     weights = settings.autoencoder
-    config: SemanticConfig = configured(SEMANTIC, settings)
+    config: SemanticConfig = network_config(settings, "semantic", SEMANTIC)
     networks: dict[str, nn.Module] = {
         "semantic": SemanticEncoder(config).to(device),
-        "previewer": Previewer(PREVIEWER[settings.size]).to(device),
+        "previewer": Previewer(previewer_config(settings)).to(device),
     }
 
     def reconstruct(
@@ -139,7 +125,7 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
         return grid(to_images(torch.cat([wanted, shown])), columns=len(pixels))
 
     def info(part: str, network: nn.Module) -> PartInfo:
-        return part_info(settings, part, network, {})
+        return trained_info(settings, part, network, {})
 
     return Task(
         networks, pictures.order(), pictures.load, loss, info, sample,
@@ -152,21 +138,29 @@ def semantic_task(settings: RunSettings, pictures: Pictures, device: torch.devic
 
 
 def image_encoder_task(settings: RunSettings, pictures: Pictures, device: torch.device) -> Task:
-    """Image encoder: land where the text encoder puts the caption (training/image_tower.py)."""
+    """Image encoder: land near where the text encoder puts the caption, and keep the picture's look."""
     encoders = load_encoders(settings.parts, ["text_encoder"], device)
     assert encoders.text is not None
-    tower = ImageTower(configured(IMAGE_TOWER, settings)).to(device)
+    tower = ImageTower(network_config(settings, "image_encoder", IMAGE_TOWER)).to(device)
+    look = settings.image_encoder.look
+    helpers: dict[str, nn.Module] = {"viewer": Viewer(tower.width).to(device)} if look else {}
 
     def loss(player: str, batch: Batch, draws: Draws, step: int) -> Losses:
         _, pooled = encoders.text.encode(pictures.captions(batch))  # type: ignore[union-attr]
-        return Losses(image_tower_loss(tower, batch.pixels.to(device), pooled.to(device)))
+        pixels = batch.pixels.to(device)
+        embeds = embed(tower, pixels)
+        total = embedding_loss(embeds, pooled.to(device))
+        if not look:
+            return Losses(total)
+        view = view_loss(helpers["viewer"], embeds, pixels)
+        return Losses(total + look * view, terms={"caption": total.detach(), "view": view.detach()})
 
     def info(part: str, network: nn.Module) -> PartInfo:
-        return part_info(settings, part, network, {})
+        return trained_info(settings, part, network, {})
 
     return Task(
         {"image_encoder": tower}, pictures.order(), pictures.load, loss, info, lambda trained, out: None,
-        players={"image_encoder": ["image_encoder"]},
+        players={"image_encoder": ["image_encoder", *helpers]}, helpers=helpers,
         skipped=pictures.skipped, key_of=pictures.source.key,
     )  # fmt: skip
 
@@ -194,8 +188,8 @@ def diffusion_task(
     if settings.data.cache:  # one cache serves Stages B and C, so it holds what either needs
         needed = ["semantic", "text_encoder", "stage_a", "image_encoder"]
     encoders = load_encoders(settings.parts, needed, device)
-    network: Any = StageB(configured(STAGE_B, settings)) if is_b else StageC(configured(STAGE_C, settings))
-    network.to(device)
+    kind, presets = (StageB, STAGE_B) if is_b else (StageC, STAGE_C)
+    network: Any = kind(network_config(settings, settings.recipe, presets)).to(device)  # type: ignore[arg-type]
     cache = open_diffusion_cache(settings, pictures, encoders, needed, device, progress)
     adaptive = AdaptiveWeight()
     loss_of = stage_b_loss if is_b else stage_c_loss
@@ -233,7 +227,7 @@ def diffusion_task(
 
     def info(part: str, network: nn.Module) -> PartInfo:
         extra = {"prediction": settings.diffusion.prediction, **settings.diffusion.sampling}
-        return part_info(settings, part, network, extra)
+        return trained_info(settings, part, network, extra)
 
     return Task(
         {settings.recipe: network}, pictures.order(cache.buckets if cache else None),
@@ -299,17 +293,24 @@ def stage_c_loss(
     encoders: Encoders,
     device: torch.device,
 ) -> Losses:
-    """Text dropped to the empty caption with 5 %, the image embedding kept with 10 % as published."""
+    """Text dropped to the empty caption with 5 %, the image embedding kept with 10 % as published.
+
+    With `picture_only`, that share of samples is told by its image embedding alone, which takes the place of
+    the caption's pooled vector too: what variations without a prompt do where the image encoder lands there.
+    """
     diffusion = settings.diffusion
     t = training_times(draws.uniform())
-    hidden, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
+    dropped = draws.uniform() < diffusion.drop_text
     keep_image = (draws.uniform() < diffusion.keep_image).to(device)
+    alone = draws.uniform() < diffusion.picture_only if diffusion.picture_only else torch.zeros_like(dropped)
+    hidden, pooled = drop_text(encoded, dropped | alone, encoders)
     image = encoded.image_embed
     if image is None and diffusion.image_from_text:
         # An image encoder that lands on the captions' pooled vectors can take its place later.
         image = encoded.text_pooled
     if image is not None:
-        image = image.to(device) * keep_image[:, None]
+        pooled = torch.where(alone[:, None], image, pooled) if diffusion.picture_only else pooled
+        image = image.to(device) * (keep_image | alone.to(device))[:, None]
     x0 = encoded.latents_c.to(device)
     eps = draws.normal(x0.shape[1:])
     eps = offset_noise(eps, draws.normal((x0.shape[1], 1, 1)), diffusion.offset_noise).to(device)
