@@ -42,6 +42,7 @@ class Parts:
         self.dtype = dtype
         self.weights: dict[str, Weights] = {}
         self.keep = True
+        self._held: set[str] = set()  # parts that stay loaded between their turns for now
         self.timings: dict[str, float] = {}  # seconds by stage; loading is counted here
         self._loaded: dict[str, Any] = {}
         self._described: dict[str, PartInfo] = {}
@@ -135,8 +136,19 @@ class Parts:
             try:
                 yield self._loaded[part]
             finally:
-                if not self.keep:
+                if not self.keep and part not in self._held:
                     self.release(part)
+
+    @contextmanager
+    def held(self, *parts: str) -> Iterator[None]:
+        """The named parts, once loaded, stay so until the end, whatever `keep` says."""
+        before, self._held = self._held, self._held | {*parts}
+        try:
+            yield
+        finally:
+            self._held = before
+            for part in () if self.keep else {*parts} - before:
+                self.release(part)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

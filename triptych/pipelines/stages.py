@@ -34,8 +34,8 @@ from triptych.sizes import latent_size_b
 class Event:
     """Something that happened: `step` of `steps` in `stage` is done, for the pictures named.
 
-    Stages come in the order "text", "stage_c", "stage_b", "stage_a", once per batch from "stage_c" on;
-    "done" is last. `images` and `metadata` belong to "stage_a", one finished picture each time.
+    Stages come in the order "text", "stage_c", "stage_b", "stage_a", from "stage_c" on once per batch; where
+    memory is short, "stage_c" of all batches comes before "stage_b" of the first. "done" is last. `images` and `metadata` belong to "stage_a", one finished picture each time.
     """
 
     stage: str
@@ -81,22 +81,14 @@ class Run:
         """Every step of every stage; the last event carries the result."""
         self.parts.timings = {}
         pictures = self.request.pictures()
-        yield Event("text", 0, 1, pictures)
-        self.inputs = with_pictures(self.inputs, self.parts, self.request, self.brought)
-        self.inputs = with_controls(self.inputs, self.parts, self.request, self.brought)
-        batches = self._read_prompts(pictures)
-        yield Event("text", 1, 1, pictures)
+        batches = yield from self.read()
         images: dict[int, Image.Image] = {}
         metadata: dict[int, dict[str, Any]] = {}
-        for batch in batches:
-            self.parts.dress(batch.pictures[0].prompt)
-            yield from self._stage_c(batch)
-            yield from self._stage_b(batch)
-            for event in self._stage_a(batch):
-                if event.image is not None and event.metadata is not None:
-                    index = batch.pictures[event.step - 1].index
-                    images[index], metadata[index] = event.image, event.metadata
-                yield event
+        for event, batch in self._carried_out(batches):
+            if event.image is not None and event.metadata is not None:
+                index = batch.pictures[event.step - 1].index
+                images[index], metadata[index] = event.image, event.metadata
+            yield event
         result = Result(
             images=[images[picture.index] for picture in pictures],
             latents_c=_in_order(batches, "latents_c"),
@@ -106,6 +98,43 @@ class Run:
             metadata=[metadata[picture.index] for picture in pictures],
         )
         yield Event("done", 1, 1, pictures, result=result)
+
+    def _carried_out(self, batches: Sequence[Batch]) -> Iterator[tuple[Event, Batch]]:
+        """Stages C, B and A of all batches: one batch after the other, so that pictures come soon, or, where
+        stages leave memory after their turn, one stage after the other, so that each is loaded once."""
+        if self.parts.keep:
+            for batch in batches:
+                yield from ((event, batch) for event in self.compose(batch))
+                yield from ((event, batch) for event in self.finish(batch))
+            return
+        with self.parts.held("stage_c", "previewer"):
+            for batch in batches:
+                yield from ((event, batch) for event in self.compose(batch))
+        with self.parts.held(*("stage_b", "stage_a") if len(batches) > 1 else ()):
+            for batch in batches:
+                yield from ((event, batch) for event in self.finish(batch))
+
+    def read(self) -> Generator[Event, None, list[Batch]]:
+        """What comes before Stage C: prompts and pictures are encoded, and pictures put into batches."""
+        pictures = self.request.pictures()
+        yield Event("text", 0, 1, pictures)
+        self.inputs = with_pictures(self.inputs, self.parts, self.request, self.brought)
+        self.inputs = with_controls(self.inputs, self.parts, self.request, self.brought)
+        batches = self._read_prompts(pictures)
+        yield Event("text", 1, 1, pictures)
+        return batches
+
+    def compose(self, batch: Batch) -> Iterator[Event]:
+        """Stage C of one batch, unless it has its latents_c already."""
+        if batch.latents_c is None:
+            self.parts.dress(batch.pictures[0].prompt)
+            yield from self._stage_c(batch)
+
+    def finish(self, batch: Batch) -> Iterator[Event]:
+        """Stages B and A of one batch, whose latents_c are there."""
+        self.parts.dress(batch.pictures[0].prompt)
+        yield from self._stage_b(batch)
+        yield from self._stage_a(batch)
 
     def _read_prompts(self, pictures: Sequence[Picture]) -> list[Batch]:
         """Encode every different prompt, and group pictures whose prompts are equally long, and wear the same
