@@ -31,6 +31,7 @@ from triptych.checkpoints.headers import (
 from triptych.errors import CapacityError, CheckpointError
 
 __all__ = [
+    "DISK_FULL",
     "Header",
     "PartInfo",
     "check_finite",
@@ -63,6 +64,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_ELEMENTS = 2**22  # how many numbers are looked at together when checking for NaN
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over a quota, over a file size limit
 
 
 def read_tensors(
@@ -215,7 +217,7 @@ def write_atomically(path: str | os.PathLike[str], num_bytes: int = 0) -> Iterat
 
 
 def _write_error(path: Path, error: OSError) -> CapacityError | CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         return CapacityError(f"The disk is full: {path} was not written; what was there before is unchanged.")
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} cannot be written: there is no folder {path.parent}.")

@@ -7,8 +7,9 @@ steps since its last checkpoint exactly, because everything random follows from 
 from __future__ import annotations
 
 import copy
-import json
 import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 
-from triptych.checkpoints.files import read_tensors, write_part
 from triptych.data.batches import stream
 from triptych.errors import TrainingError
 from triptych.pipelines.placement import choose_device
@@ -32,10 +32,14 @@ from triptych.training.optim import (
 )
 from triptych.training.recipes import build_task
 from triptych.training.report import write_report
-from triptych.training.state import State, load_strictly
+from triptych.training.saving import Tell, room_or_none, save_samples, try_to_save
+from triptych.training.start import start_from
+from triptych.training.state import State, settings_changed
+from triptych.training.stopping import Stop
 from triptych.training.task import Losses, Task
 
-STORE = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_IN_A_ROW = 20  # updates left out for numbers that are none, before the run ends all the same
+NAMED = 8  # pictures of a batch that a message names
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,47 @@ class Progress:
     loss: float = math.nan
 
 
-def train(settings: RunSettings, watch: Callable[[Progress], None] = lambda progress: None) -> Path:
+def say(text: str) -> None:
+    """Something the person who trains should know, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def train(
+    settings: RunSettings,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    stop: Stop | None = None,
+    tell: Tell = say,
+) -> Path:
     """Run, or continue, a training run to its last step. Returns its folder with the trained parts.
 
-    Raises SettingsError, DataError, CheckpointError or TrainingError; what was saved stays valid.
+    When `stop` is asked, the run saves after the update at hand, notes the step in `stop.step` and returns.
+    `tell` gets sentences about what the run got over: a full disk, settings that changed.
+    Raises SettingsError, DataError, CheckpointError, CapacityError or TrainingError; what was saved stays
+    valid.
     """
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    if told := settings_changed(out, settings):
+        tell(told)
     device = choose_device(settings.device)
     torch.manual_seed(key(settings.seed, DROPOUT))  # initial weights
     task = build_task(settings, device, lambda done, of: watch(Progress("cache", done, of)))
+    train_task(settings, task, device, watch, stop or Stop(), tell)
+    return out
+
+
+def train_task(
+    settings: RunSettings,
+    task: Task,
+    device: torch.device,
+    watch: Callable[[Progress], None],
+    stop: Stop,
+    tell: Tell = say,
+) -> None:
+    """`train` for a task that is ready; `settings.out` is a folder that exists."""
+    out = Path(settings.out)
     if settings.init is not None:
-        start_from(task, Path(settings.init))
+        start_from(task.networks, settings.init)
     averages = {
         part: copy.deepcopy(network).eval().requires_grad_(False) for part, network in task.networks.items()
     }
@@ -69,14 +102,13 @@ def train(settings: RunSettings, watch: Callable[[Progress], None] = lambda prog
         )
         for player, parts in task.players.items()
     }
-    state = State(task, averages, optimizers)
+    state = State(task, averages, optimizers, settings)
     state.restore(out)
     log = RunLog(out, settings, state.step)
     try:
-        run(settings, task, state, log, device, watch)
+        run(settings, task, state, log, device, watch, stop, tell)
     finally:
         log.close()
-    return out
 
 
 def run(
@@ -86,35 +118,51 @@ def run(
     log: RunLog,
     device: torch.device,
     watch: Callable[[Progress], None],
+    stop: Stop,
+    tell: Tell,
 ) -> None:
     """All steps that are left."""
     out = Path(settings.out)
     if state.step == 0:
-        save_samples(task, state, out)
+        save_samples(task, state, out, tell)
     batches = read_batches(settings, task, state.step)
+    first_step, due = state.step, False
+    stop.patient = True
     for step in range(state.step, settings.steps):
+        asked = time.monotonic()
         parts = next(batches)
+        if step > first_step:  # nothing could be read ahead for the first
+            log.wait(time.monotonic() - asked)
         torch.manual_seed(key(settings.seed, DROPOUT, step))  # dropout is the only other use of randomness
         losses: dict[str, list[Losses]] = {}
         norms: dict[str, float] = {}
         for player in task.players:
             if step >= task.start_of.get(player, 0):
                 losses[player], norms[player] = update(settings, task, state, player, parts, step, device)
+        left_out = [player for player in losses if not is_finite(losses[player], norms[player])]
+        if left_out:
+            pass_over(settings, task, state, log, left_out[0], step)
+        log.in_a_row = log.in_a_row + 1 if left_out else 0
+        losses = {player: parts for player, parts in losses.items() if player not in left_out}
         state.step = step + 1
         for part, average in state.averages.items():
             update_ema(average, task.networks[part], state.step, settings.ema)
         log.add(state.step, losses, norms, learning_rate(step, settings.optim))
-        first = next(iter(losses.values()))
-        watch(
-            Progress("train", state.step, settings.steps, sum(float(part.total.detach()) for part in first))
-        )
+        shown = sum(float(part.total) for part in next(iter(losses.values()), []))
+        watch(Progress("train", state.step, settings.steps, shown if losses else math.nan))
         last = state.step == settings.steps
+        ends = last or stop.asked
+        if ends or due or state.step % settings.save_every == 0:
+            due = not try_to_save(settings, task, state, out, tell, must=ends)
+        if stop.asked and not last:
+            stop.step = state.step
+            break
         if state.step % settings.sample_every == 0 or last:
-            save_samples(task, state, out)
-        if state.step % settings.save_every == 0 or last:
-            save(settings, task, state, out)
+            save_samples(task, state, out, tell)
         if state.step % min(settings.save_every, settings.sample_every) == 0 or last:
-            write_report(out, settings, task.skipped())
+            with room_or_none("The report", tell):
+                write_report(out, settings, task.skipped())
+    stop.patient = False
 
 
 def update(
@@ -131,6 +179,7 @@ def update(
         network.train()
         network.requires_grad_(name in task.players[player])
     optimizer = state.optimizers[player]
+    buffers = [(b, b.clone()) for name in task.players[player] for b in task.trained[name].buffers()]
     set_learning_rate(optimizer, learning_rate(step, settings.optim))
     losses = []
     for batch, draws in parts:
@@ -140,14 +189,35 @@ def update(
         losses.append(replace(part, total=part.total.detach()))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(clip_gradients(parameters, settings.optim.clip))
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"Step {step}: the gradient of {player} is not finite, so the update was not made. The last "
-            "checkpoint is intact: continue from it with a lower optim.lr or float32 precision."
-        )
-    optimizer.step()
+    if is_finite(losses, norm):
+        optimizer.step()
+    else:
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
     optimizer.zero_grad(set_to_none=True)
     return losses, norm
+
+
+def is_finite(losses: list[Losses], norm: float) -> bool:
+    """Whether an update can be made: no loss and no gradient that is not a number may reach the weights."""
+    return math.isfinite(norm) and all(math.isfinite(float(part.total)) for part in losses)
+
+
+def pass_over(settings: RunSettings, task: Task, state: State, log: RunLog, player: str, step: int) -> None:
+    """Count an update that was left out, or end the run: by choice, or after too many in a row."""
+    log.updates_skipped += 1
+    if settings.not_finite == "skip" and log.in_a_row < MOST_IN_A_ROW:
+        return
+    names = [task.key_of(sample) for sample in task.order.plan(step).samples]
+    batch = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    kept = f"The checkpoint of step {state.saved} is intact" if state.saved else "There is no checkpoint yet"
+    often = f", nor was it in {log.in_a_row} steps before it," if log.in_a_row else ","
+    advice = "" if log.in_a_row else ', or leave such updates out with not_finite = "skip"'
+    raise TrainingError(
+        f"The loss or gradient of {player} at step {step + 1} (pictures {batch}) is not a finite number"
+        f"{often} so the update was not made. {kept} in {settings.out}: continue with a lower optim.lr or "
+        f'precision = "float32"{advice}.'
+    )
 
 
 def read_batches(
@@ -163,36 +233,3 @@ def read_batches(
         return [(task.load(plan, part), lambda part=part: Draws(settings.seed, step, part)) for part in parts]
 
     return stream(load, start, settings.steps, settings.data.readers)
-
-
-def save(settings: RunSettings, task: Task, state: State, out: Path) -> None:
-    """The complete state, and the averaged networks as parts that generation can load."""
-    state.save(out)
-    for part, average in state.averages.items():
-        info = replace(task.info(part, average), step=state.step)
-        if task.write is not None:
-            task.write(out, part, average, info)
-        else:
-            write_part(out / f"{part}.safetensors", average.state_dict(), info, STORE[settings.store])
-    (out / "settings.json").write_text(json.dumps(settings.model_dump(), indent=1), encoding="utf-8")
-    skipped = task.skipped()
-    if skipped:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
-
-
-def save_samples(task: Task, state: State, out: Path) -> None:
-    """A picture of what the averaged networks do now."""
-    picture = task.sample(state.averages, out)
-    if picture is not None:
-        folder = out / "samples"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{state.step:07d}.png")
-
-
-def start_from(task: Task, folder: Path) -> None:
-    """Begin with the weights of `folder`, one file a part (those a run writes, say)."""
-    for part, network in task.networks.items():
-        path = folder if folder.suffix == ".safetensors" else folder / f"{part}.safetensors"
-        tensors = {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-                   for name, tensor in read_tensors(path, finite=True).items()}  # fmt: skip
-        load_strictly(network, tensors, str(path))

@@ -9,24 +9,34 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from triptych.checkpoints.files import read_header, read_tensors, write_tensors
 from triptych.errors import TrainingError
+from triptych.training.changes import check_changes
+from triptych.training.config import RunSettings
 from triptych.training.task import Task
 
 FILE = "state.safetensors"
+MARK = "triptych_run"
 
 
 class State:
     """Step, networks, averages, optimisers and tables of a run."""
 
     def __init__(
-        self, task: Task, averages: dict[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+        self,
+        task: Task,
+        averages: dict[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        settings: RunSettings,
     ) -> None:
         self.step = 0
+        self.saved = 0  # the step of the last complete checkpoint; 0 before there is one
+        self.settings = settings
         self.task = task
         self.averages = averages
         self.optimizers = optimizers
@@ -49,17 +59,16 @@ class State:
 
     def save(self, folder: Path) -> None:
         """Write the state, atomically: a killed run finds the last complete one."""
-        metadata = {"format": "pt", "triptych_run": json.dumps({"step": self.step})}
-        write_tensors(folder / FILE, self.tensors(), metadata)
+        content = {"step": self.step, "settings": self.settings.model_dump(mode="json")}
+        write_tensors(folder / FILE, self.tensors(), {"format": "pt", MARK: json.dumps(content)})
+        self.saved = self.step
 
     def restore(self, folder: Path) -> bool:
         """Continue from the state in `folder`, if there is one. Says whether there was."""
         path = folder / FILE
         if not path.exists():
             return False
-        content = read_header(path).metadata.get("triptych_run")
-        if content is None:
-            raise TrainingError(f"{path} is not the state of a run; name another output folder.")
+        content = stored(folder)
         tensors = read_tensors(path)
         for kind, networks in (("network", self.task.trained), ("average", self.averages)):
             for part, network in networks.items():
@@ -68,8 +77,27 @@ class State:
             table.load_state_dict(under(tensors, f"table.{name}."))
         for player, optimizer in self.optimizers.items():
             restore_moments(optimizer, under(tensors, f"optimizer.{player}."))
-        self.step = json.loads(content)["step"]
+        self.step = self.saved = content["step"]
         return True
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """What the state in `folder` says of itself: its `step`, the `settings` it was made with; {} without one.
+
+    Raises TrainingError for a file that is no state.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return {}
+    content = read_header(path).metadata.get(MARK)
+    if content is None:
+        raise TrainingError(f"{path} is not the state of a run; name another output folder.")
+    return dict(json.loads(content))
+
+
+def settings_changed(folder: Path, settings: RunSettings) -> str:
+    """What is to be said of settings that are not those of the state in `folder`. Raises TrainingError."""
+    return check_changes(stored(folder).get("settings", {}), settings)
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from triptych.checkpoints.files import PartInfo
-from triptych.checkpoints.load import config_fields
 from triptych.data.batches import Batch
 from triptych.errors import SettingsError, nearest
 from triptych.images import grid, to_images
@@ -21,6 +19,7 @@ from triptych.models.stage_a import DISCRIMINATOR, STAGE_A, Discriminator, Stage
 from triptych.training.config import RunSettings
 from triptych.training.draws import CODES, Draws, key
 from triptych.training.sources import Pictures
+from triptych.training.start import network_config, trained_info
 from triptych.training.task import Losses, Task
 
 SHOWN = 8  # pictures in a sample grid
@@ -29,10 +28,11 @@ SHOWN = 8  # pictures in a sample grid
 def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device) -> Task:
     """Two players: the autoencoder, and, with a weight above 0 and from its start on, the discriminator."""
     weights = settings.autoencoder
-    for name, presets in ((settings.size, STAGE_A), (weights.discriminator, DISCRIMINATOR)):
-        if name not in presets:
-            raise SettingsError(f'size "{name}": {nearest(name, presets)}.')
-    stage_a = StageA(dataclasses.replace(STAGE_A[settings.size], **settings.network)).to(device)
+    if weights.discriminator not in DISCRIMINATOR:
+        raise SettingsError(
+            f'discriminator "{weights.discriminator}": {nearest(weights.discriminator, DISCRIMINATOR)}.'
+        )
+    stage_a = StageA(network_config(settings, "stage_a", STAGE_A)).to(device)
     players = {"autoencoder": ["stage_a"]}
     helpers: dict[str, nn.Module] = {}
     if weights.adversarial > 0:
@@ -77,15 +77,10 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
         )
 
     def info(part: str, network: nn.Module) -> PartInfo:
-        config = config_fields(network.config)
-        config["scale"] = latent_deviation(network)
-        return PartInfo(
-            part=part,
-            config=config,
-            recipe=settings.name or settings.recipe,
-            licence=settings.licence,
-            notice=settings.notice,
-        )
+        stated = trained_info(settings, part, network, {})
+        if settings.init is None:  # latents of weights that were there keep the scale that Stage B knows
+            stated.config["scale"] = latent_deviation(network)
+        return stated
 
     return Task(
         {"stage_a": stage_a}, pictures.order(), pictures.load, loss, info, sample,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 HELP = """Train a part of a cascade from a recipe, or continue a run that stopped.
 
-Running the same command again continues where the last checkpoint was. A folder trains all recipes in it, in
-the order of their needs; finished ones are skipped.
+Running the same command again continues where the last checkpoint was; Ctrl-C and SIGTERM save first. A
+folder trains all recipes in it, in the order of their needs; finished ones are skipped.
 
 Examples:
 
@@ -81,15 +81,24 @@ def train(
     runs = [read_settings(file, given) for file in files]  # all are checked before the first trains
     runs.sort(key=lambda settings: ORDER.index(settings.recipe))
     from triptych.training.loop import train as run
+    from triptych.training.stopping import stop_on_signals
 
     for number, settings in enumerate(runs, 1):
         label = settings.name or settings.recipe
         typer.echo(
             f"{label}: {settings.steps} updates of {settings.batch} pictures ({number}/{len(runs)})", err=True
         )
-        with shown_progress() as watch:
-            folder = run(settings, watch)
+        try:
+            with stop_on_signals() as stop, shown_progress() as watch:
+                folder = run(settings, watch, stop)
+        except KeyboardInterrupt:  # while nothing was trained, or asked a second time
+            typer.echo(f"{label}: stopped; what was saved is in {settings.out}. {how_to_continue()}")
+            return
+        if stop.step is not None:
+            typer.echo(f"{label}: saved at step {stop.step} in {folder}. {how_to_continue()}")
+            return
         typer.echo(f"{label}: weights, log and samples are in {folder}")
+        tell_skipped(folder)
         if recipe is not None and settings.recipe == "lora":
             hand_over(folder, settings.name)
 
@@ -105,6 +114,22 @@ def shorthand(recipe: str, data: list[Path] | None, name: str | None, model: str
     shards = ", ".join(json.dumps(str(path)) for path in data)
     given = [f"data.shards=[{shards}]", f"name={json.dumps(name)}", f"out={json.dumps(f'runs/{name}')}"]
     return [*given, f"{recipe}.model={json.dumps(model)}"] if model else given
+
+
+def how_to_continue() -> str:
+    """The command that takes the run up again: the one that was given."""
+    import shlex
+
+    return f"Continue with: triptych {shlex.join(sys.argv[1:])}"
+
+
+def tell_skipped(folder: Path) -> None:
+    """Say how many pictures could not be read, if there were any."""
+    listed = folder / "skipped.txt"
+    if listed.exists():
+        lines = listed.read_text(encoding="utf-8").splitlines()
+        first = f"{lines[0]} and {len(lines) - 1} more" if len(lines) > 1 else lines[0]
+        typer.echo(f"{len(lines)} samples could not be read: {first}; all are in {listed}", err=True)
 
 
 def hand_over(folder: Path, name: str) -> None:

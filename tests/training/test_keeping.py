@@ -1,0 +1,245 @@
+"""Never lose work: a test for every row of the table in docs/training.md."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_task import small_settings, small_task
+
+from triptych.checkpoints.files import read_tensors
+from triptych.errors import CapacityError, TrainingError
+from triptych.training.config import RunSettings, read_settings
+from triptych.training.loop import Progress, train, train_task
+from triptych.training.state import stored
+from triptych.training.stopping import Stop, stop_on_signals
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
+TINY = (
+    "data.size=64", "batch=2", "save_every=1", "sample_every=1000", "log_every=1", "tensorboard=false",
+    "ema.start=2",
+)  # fmt: skip
+
+
+def run_small(settings: RunSettings, spoilt_steps=(), watch=lambda progress: None, stop=None) -> list[str]:
+    """Train the small task; returns what it told."""
+    told: list[str] = []
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    task = small_task(settings, spoilt_steps)
+    train_task(settings, task, torch.device("cpu"), watch, stop or Stop(), told.append)
+    return told
+
+
+def same_state(first: Path, second: Path) -> bool:
+    one, two = (read_tensors(folder / "state.safetensors") for folder in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def log_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def train_quietly(settings: RunSettings) -> None:
+    torch.set_num_threads(1)
+    train(settings, tell=lambda text: None)
+
+
+def kill_and_continue(out: Path, kills: int) -> int:
+    """Kill -9 a recipe at random moments, each process going on where the last one fell; the last step."""
+    begun = multiprocessing.get_context("forkserver")
+    begun.set_forkserver_preload(["triptych.training.recipes", "triptych.training.loop"])
+    settings = read_settings(RECIPES / "semantic.toml", [f"out={out}", "steps=100000", *TINY])
+    moments = random.Random(0)
+    limit = time.monotonic() + 300
+    done = 0
+    while done < kills:
+        step = stored(out).get("step", 0)
+        process = begun.Process(target=train_quietly, args=(settings,))
+        process.start()
+        # Half of the kills fall while a process starts, the others after it has made some steps.
+        while done % 2 and stored(out).get("step", 0) < step + 2:
+            assert process.is_alive()
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.4))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        done += 1
+    return int(stored(out)["step"])
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_like_an_unbroken_one(
+    kills: int, tmp_path: Path
+) -> None:
+    step = kill_and_continue(tmp_path / "broken", kills)
+    for name in ("broken", "unbroken"):
+        changes = [f"out={tmp_path / name}", f"steps={step + 1}", *TINY]
+        train(read_settings(RECIPES / "semantic.toml", changes), tell=lambda text: None)
+    assert same_state(tmp_path / "broken", tmp_path / "unbroken")
+    assert [line["step"] for line in log_lines(tmp_path / "broken")] == list(range(1, step + 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_update_at_hand_and_the_run_goes_on_from_there(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    def watch(progress: Progress) -> None:
+        if progress.step == 3:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # launchers and terminals both send one
+
+    with stop_on_signals() as stop:
+        run_small(small_settings(tmp_path / "broken", save_every=100), watch=watch, stop=stop)
+    assert stop.step == stored(tmp_path / "broken")["step"] == 3
+    for name in ("broken", "unbroken"):
+        run_small(small_settings(tmp_path / name, save_every=100))
+    assert same_state(tmp_path / "broken", tmp_path / "unbroken")
+
+
+def test_the_command_ends_with_0_on_sigterm_and_says_how_to_continue(tmp_path: Path) -> None:
+    arguments = ["train", str(RECIPES / "semantic.toml"), "--set", f"out={tmp_path}", "--set", "steps=100000"]
+    arguments += [part for change in TINY for part in ("--set", change)]
+    command = [sys.executable, "-m", "triptych.apps.cli.main", *arguments]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    limit = time.monotonic() + 240
+    while not (tmp_path / "state.safetensors").exists():
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 0
+    assert f"saved at step {stored(tmp_path)['step']}" in said
+    assert f"Continue with: triptych train {RECIPES / 'semantic.toml'} --set out={tmp_path}" in said
+
+
+class FullDisk:
+    """No file may grow beyond a kilobyte from one step to another, as the system enforces it."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.free = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.step == self.first:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, self.free[1]))
+        if progress.step == self.last:
+            self.end()
+
+    def end(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.free)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_tries_again(tmp_path: Path) -> None:
+    seen = []
+    full = FullDisk(first=4, last=6)
+
+    def watch(progress: Progress) -> None:
+        full(progress)
+        seen.append(stored(tmp_path / "run").get("step", 0))
+
+    try:
+        told = run_small(small_settings(tmp_path / "run"), watch=watch)
+    finally:
+        full.end()
+    assert seen == [0, 0, 2, 2, 2, 2, 6, 6]  # the saves after updates 4 and 5 failed, that after 6 did not
+    assert any("disk is full" in text and "checkpoint of step 2 is kept" in text for text in told)
+    run_small(small_settings(tmp_path / "unbroken"))
+    assert same_state(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_that_is_there(tmp_path: Path) -> None:
+    full = FullDisk(first=4, last=100)
+    try:
+        with pytest.raises(CapacityError, match="checkpoint of step 2 is kept: make room"):
+            run_small(small_settings(tmp_path / "run"), watch=full)
+    finally:
+        full.end()
+    run_small(small_settings(tmp_path / "run"))
+    run_small(small_settings(tmp_path / "unbroken"))
+    assert same_state(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as caught:
+        run_small(small_settings(tmp_path), spoilt_steps=[4])
+    names = [f"sample {sample}" for sample in small_task(small_settings(tmp_path)).order.plan(4).samples]
+    assert f"at step 5 (pictures {', '.join(names)})" in str(caught.value)
+    assert "checkpoint of step 4 is intact" in str(caught.value)
+    assert 'not_finite = "skip"' in str(caught.value)
+    assert all(tensor.isfinite().all() for tensor in read_tensors(tmp_path / "state.safetensors").values())
+
+
+def test_such_an_update_is_left_out_and_counted_by_choice(tmp_path: Path) -> None:
+    run_small(small_settings(tmp_path, not_finite="skip"), spoilt_steps=[4])
+    lines = log_lines(tmp_path)
+    assert len(lines) == 8
+    assert [line.get("updates_skipped", 0) for line in lines] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert "line.loss" not in lines[4]
+    assert all(tensor.isfinite().all() for tensor in read_tensors(tmp_path / "state.safetensors").values())
+
+
+def test_a_run_that_has_diverged_ends_even_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="nor was it in 20 steps before it"):
+        run_small(small_settings(tmp_path, not_finite="skip", steps=50), spoilt_steps=range(5, 50))
+
+
+def test_settings_that_may_change_are_named_and_used(tmp_path: Path) -> None:
+    changes = [f"out={tmp_path}", *TINY]
+    train(read_settings(RECIPES / "semantic.toml", [*changes, "steps=1"]))
+    told: list[str] = []
+    more = ["steps=2", "optim.lr=1e-4", "autoencoder.latent_noise=0.1"]
+    train(read_settings(RECIPES / "semantic.toml", [*changes, *more]), tell=told.append)
+    assert told == [
+        "From here on with other settings than before: optim.lr 0.003 -> 0.0001, "
+        "autoencoder.latent_noise 0.2 -> 0.1."
+    ]
+    assert log_lines(tmp_path)[-1]["lr"] == 2e-5  # the second of five updates of warm-up
+    more = ["optim.kind=muon", "steps=3"]
+    with pytest.raises(TrainingError, match=r'cannot change within a run: optim.kind "adamw" -> "muon"'):
+        train(read_settings(RECIPES / "semantic.toml", [*changes, *more]))
+
+
+def test_damaged_pictures_and_tars_are_skipped_counted_and_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((80, 80), 50).convert("RGB").save(buffer, "PNG")
+    whole = buffer.getvalue()
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name, content in (
+            ("good", whole),
+            ("cut", whole[:200]),
+            ("other", whole),
+            ("text", b"no picture"),
+        ):
+            entry = tarfile.TarInfo(f"{name}.png")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    (tmp_path / "junk.tar").write_bytes(b"not a tar at all" * 100)
+    shards = json.dumps([str(tmp_path / "shard.tar"), str(tmp_path / "junk.tar")])
+    out = tmp_path / "run"
+    train(read_settings(RECIPES / "semantic.toml", [f"out={out}", "steps=3", f"data.shards={shards}", *TINY]))
+    skipped = (out / "skipped.txt").read_text().splitlines()
+    assert len(skipped) == 3
+    for name in ("junk.tar", "cut", "text"):
+        assert any(name in line for line in skipped), name
+    assert "Skipped pictures (3)" in (out / "report.html").read_text()
+
+
+def test_the_log_shows_how_much_of_the_time_went_into_waiting_for_pictures(tmp_path: Path) -> None:
+    run_small(small_settings(tmp_path))
+    assert all(0 <= line["wait_fraction"] <= 1 for line in log_lines(tmp_path))

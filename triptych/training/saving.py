@@ -1,0 +1,82 @@
+"""What a run writes: its checkpoint, its weights, its samples; and what happens when the disk is full.
+
+A checkpoint that cannot be written leaves the one before as it is. The run goes on, since stopping would lose
+more, and tries again after every update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from triptych.checkpoints.files import DISK_FULL, write_atomically, write_part
+from triptych.errors import CapacityError
+from triptych.training.config import RunSettings
+from triptych.training.state import State
+from triptych.training.task import Task
+
+STORE = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Tell = Callable[[str], None]
+
+
+def save(settings: RunSettings, task: Task, state: State, out: Path) -> None:
+    """The complete state, and the averaged networks as parts that generation can load."""
+    state.save(out)
+    for part, average in state.averages.items():
+        info = replace(task.info(part, average), step=state.step)
+        if task.write is not None:
+            task.write(out, part, average, info)
+        else:
+            write_part(out / f"{part}.safetensors", average.state_dict(), info, STORE[settings.store])
+    texts = {"settings.json": json.dumps(settings.model_dump(), indent=1)}
+    if skipped := task.skipped():
+        texts["skipped.txt"] = "\n".join(skipped) + "\n"
+    for name, text in texts.items():
+        with write_atomically(out / name) as file:
+            file.write(text.encode("utf-8"))
+
+
+def try_to_save(settings: RunSettings, task: Task, state: State, out: Path, tell: Tell, must: bool) -> bool:
+    """`save`; a full disk is told and tried again after the next update, unless the run ends here."""
+    try:
+        save(settings, task, state, out)
+    except CapacityError as error:
+        kept = (
+            f"The checkpoint of step {state.saved} is kept" if state.saved else "There is no checkpoint yet"
+        )
+        if must:
+            raise CapacityError(
+                f"{error} {kept}: make room and give the same command again to continue from there."
+            ) from None
+        tell(f"Step {state.step}: {error} {kept}; the run goes on and tries again after every update.")
+        return False
+    return True
+
+
+def save_samples(task: Task, state: State, out: Path, tell: Tell) -> None:
+    """A picture of what the averaged networks do now."""
+    picture = task.sample(state.averages, out)
+    if picture is not None:
+        folder = out / "samples"
+        with room_or_none("The sample grid", tell):
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{state.step:07d}.png")
+
+
+@contextlib.contextmanager
+def room_or_none(what: str, tell: Tell) -> Iterator[None]:
+    """For files a run can do without: a full disk is told, and training goes on."""
+    try:
+        yield
+    except CapacityError as error:
+        tell(f"{what} was not written: {error}")
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        tell(f"{what} was not written: the disk is full.")
