@@ -2,16 +2,22 @@
 
 Feature maps are (B, C, H, W) tensors in channels-last memory, so that the norms and linear layers, which
 work on channels, and the depthwise convolutions, which work on space, share one layout without copies.
+
+For sampling, blocks take a `Scratch`. While its `fused` is set, they may overwrite the map they are given.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from triptych.models.fused import add_perceptron, is_plain
+from triptych.models.scratch import Scratch, keep, spread
 
 NORM_EPS = 1e-6
 
@@ -74,9 +80,13 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         # vector_norm has gradient 0 where a channel is exactly zero; sqrt of a sum of squares has NaN there.
         # The sum over a large map leaves float16's range, hence float32.
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        response = (energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPS)).to(x.dtype)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * response)
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32)
+        return torch.addcmul(self.beta, x, self.scale(energy, x.dtype)[:, None, None])
+
+    def scale(self, energy: Tensor, dtype: torch.dtype) -> Tensor:
+        """What channels are multiplied by, from their norms over the picture (B, C), float32."""
+        response = (energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPS)).to(dtype)
+        return 1 + self.gamma.flatten() * response
 
 
 class ConvBlock(nn.Module):
@@ -89,7 +99,9 @@ class ConvBlock(nn.Module):
         self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
         self.channelwise = perceptron(width + skip_width, width, dropout)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
+        if scratch is not None and can_overwrite(self.channelwise, x, scratch):
+            return overwrite(x, self.channelwise, self.depthwise(x), skip, self.norm_eps, scratch)
         h = norm_last(channels_last(self.depthwise(x)), self.norm_eps)  # (B, H, W, C)
         if skip is not None:
             h = torch.cat([h, channels_last(skip)], dim=-1)  # the skip joins after the norm, as it is
@@ -105,7 +117,9 @@ class FeedForwardBlock(nn.Module):
         super().__init__()
         self.channelwise = perceptron(width, width, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        if scratch is not None and can_overwrite(self.channelwise, x, scratch):
+            return overwrite(x, self.channelwise, x, None, self.norm_eps, scratch)
         return x + channels_first(self.channelwise(norm_last(channels_last(x), self.norm_eps)))
 
 
@@ -118,6 +132,28 @@ def perceptron(width_in: int, width: int, dropout: float) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(4 * width, width),
     )
+
+
+def can_overwrite(layers: Any, x: Tensor, scratch: Scratch) -> bool:
+    """May a block with this perceptron work in place?"""
+    dropout = layers.training and layers[3].p > 0
+    return scratch.fused and not dropout and is_plain(layers[0], x) and is_plain(layers[4], x)
+
+
+def overwrite(
+    x: Tensor, layers: Any, source: Tensor, skip: Tensor | None, eps: float, scratch: Scratch
+) -> Tensor:
+    """x + layers(norm(source) and skip side by side), in the memory of x if it is channels-last."""
+    onto = as_rows(x)
+    add_perceptron(
+        layers, as_rows(source), None if skip is None else as_rows(skip), onto, eps, scratch.buffer
+    )
+    return channels_first(onto.unflatten(1, x.shape[-2:]))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C), contiguous; a view of channels-last memory."""
+    return channels_last(x).contiguous().flatten(1, 2)
 
 
 class TimeBlock(nn.Module):
@@ -139,13 +175,28 @@ class TimeBlock(nn.Module):
         for name, size in sizes.items():
             self.add_module(name, nn.Linear(size, 2 * width))
 
-    def forward(self, x: Tensor, time_vector: Tensor) -> Tensor:
-        chunks = time_vector.split(self.sizes, dim=1)
-        scale_shift = sum(
-            self.get_submodule(name)(chunk) for name, chunk in zip(self.names, chunks, strict=True)
-        )
+    def forward(self, x: Tensor, time_vector: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """time_vector (B, sum of sizes), or (steps, 1 or B, ...) for all steps, whose scales and shifts are
+        then worked out together; the scratch knows which step it is."""
+        if time_vector.ndim == 2:
+            scale_shift = self.scales_and_shifts(time_vector)
+        else:
+            assert scratch is not None
+            assert scratch.row is not None
+            of_all = scratch.keep(self, time_vector.shape[1], lambda: self.scales_and_shifts(time_vector))
+            scale_shift = of_all[scratch.row]
+        x = spread(x, len(scale_shift))
         scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+        if scratch is not None and scratch.fused:
+            return torch.addcmul(shift, x, 1 + scale, out=x)
         return torch.addcmul(shift, x, 1 + scale)
+
+    def scales_and_shifts(self, vectors: Tensor) -> Tensor:
+        """Time vectors (..., sum of sizes) -> scales and shifts side by side (..., 2 * width)."""
+        chunks = vectors.split(self.sizes, dim=-1)
+        parts = [self.get_submodule(name)(chunk) for name, chunk in zip(self.names, chunks, strict=True)]
+        total: Tensor = sum(parts[1:], parts[0])
+        return total
 
 
 class PackedAttention(nn.Module):
@@ -162,9 +213,13 @@ class PackedAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, self_attention: bool) -> Tensor:
-        """x (B, n, C) attends to itself, if asked, and to context (B, m, C)."""
-        query, key, value = self.in_proj(x).chunk(3, dim=-1)
-        context_key, context_value = self.project_context(context).chunk(2, dim=-1)
+        """x (B, n, C) attends to itself, if asked, and to the projected context (B or more, m, 2C)."""
+        return self.out_proj(self.attend(x, context, self_attention))
+
+    def attend(self, x: Tensor, context: Tensor, self_attention: bool) -> Tensor:
+        """What heads bring together, before the last linear layer."""
+        query, key, value = spread(self.in_proj(x), len(context)).chunk(3, dim=-1)
+        context_key, context_value = context.chunk(2, dim=-1)
         if self_attention:
             key = torch.cat([key, context_key], dim=1)
             value = torch.cat([value, context_value], dim=1)
@@ -176,7 +231,7 @@ class PackedAttention(nn.Module):
             self.split_heads(value),
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
     def project_context(self, context: Tensor) -> Tensor:
         """Keys and values of the context (B, m, 2C); its queries are never needed, so they are not computed
@@ -212,7 +267,16 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(width, heads, dropout)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, width))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        h = norm_last(channels_last(x), self.norm_eps)  # (B, H, W, C)
-        mixed = self.attention.attn(h.flatten(1, 2), self.kv_mapper(tokens), self.self_attention)
-        return x + channels_first(mixed.unflatten(1, h.shape[1:3]))
+    def forward(self, x: Tensor, tokens: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Keys and values of tokens are made once per scratch. More tokens than maps: see `spread`."""
+        attn = self.attention.attn
+        context = keep(scratch, self, len(tokens), lambda: attn.project_context(self.kv_mapper(tokens)))
+        h = norm_last(channels_last(x), self.norm_eps).flatten(1, 2)  # (B, H * W, C)
+        x = spread(x, len(tokens))
+        if scratch is not None and scratch.fused and is_plain(attn.out_proj, x):
+            onto = as_rows(x)
+            mixed = attn.attend(h, context, self.self_attention)
+            onto.flatten(0, 1).addmm_(mixed.flatten(0, 1), attn.out_proj.weight.t()).add_(attn.out_proj.bias)
+            return channels_first(onto.unflatten(1, x.shape[-2:]))
+        mixed = attn(h, context, self.self_attention)
+        return x + channels_first(mixed.unflatten(1, x.shape[-2:]))

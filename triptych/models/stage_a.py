@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from triptych.models.fused import is_plain, spans
+from triptych.models.scratch import Buffer, span_rows
+
 
 @dataclass(frozen=True)
 class StageAConfig:
@@ -85,6 +88,42 @@ class MixingBlock(nn.Module):
         x = torch.addcmul(x, mixed, g[2])
         h = self.channelwise(self._norm(x, g[3], g[4]))  # (B,h,w,c)
         return torch.addcmul(x, h.permute(0, 3, 1, 2), g[5])
+
+    def overwrite(self, x: Tensor, buffer: Buffer) -> Tensor:
+        """As `forward`, in the memory of x if it is channels-last, without a second map of its size."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not is_plain(self.channelwise[0], x) or not is_plain(self.channelwise[2], x):
+            return self(x)
+        for sample in x.split(1):
+            self._add_depthwise(sample)
+            self._add_channelwise(sample.permute(0, 2, 3, 1).view(-1, self.width), buffer)
+        return x
+
+    def _add_depthwise(self, x: Tensor) -> None:
+        """In bands of rows; each needs the row above as it was before."""
+        g, height = self.gammas, x.shape[2]
+        above = None
+        for rows in spans(height, span_rows(self.width * x.shape[3], x)):
+            below = min(rows.stop + 1, height)
+            band = self._norm(x[:, :, rows.start : below], g[0], g[1])  # (1,h,w,c)
+            edges = [band[:, :1] if above is None else above, band, *[band[:, -1:]][: below == height]]
+            above = band[:, rows.stop - rows.start - 1 :][:, :1].clone()
+            framed = torch.cat(edges, dim=1).permute(0, 3, 1, 2)
+            mixed = self.depthwise[1](F.pad(framed, (1, 1, 0, 0), mode="replicate"))
+            x[:, :, rows].addcmul_(mixed, g[2])
+
+    def _add_channelwise(self, x: Tensor, buffer: Buffer) -> None:
+        """x (h * w, c), in spans of rows."""
+        g, (first, _, last) = self.gammas, self.channelwise
+        scale, shift = (1 + g[3]).expand(self.width), g[4].expand(self.width)
+        step = span_rows(first.out_features, x)
+        hidden = buffer.take(min(step, len(x)), first.out_features, x)
+        for rows in spans(len(x), step):
+            entered = F.layer_norm(x[rows], (self.width,), scale, shift, eps=1e-6)
+            wide = hidden[: len(entered)]
+            torch.addmm(first.bias, entered, first.weight.t(), out=wide)
+            torch.ops.aten.gelu_(wide)
+            x[rows].addcmul_(torch.addmm(last.bias, wide, last.weight.t()), g[5])
 
 
 class Quantiser(nn.Module):
@@ -154,13 +193,21 @@ class StageA(nn.Module):
             if isinstance(module, MixingBlock | Quantiser):
                 module.reset_parameters()
 
+    def _through(self, blocks: nn.Sequential, x: Tensor, fused: bool) -> Tensor:
+        if not fused or torch.is_grad_enabled():
+            return blocks(x)
+        buffer = Buffer()
+        for block in blocks:
+            x = block.overwrite(x, buffer) if isinstance(block, MixingBlock) else block(x)
+        return x
+
     def _encode(self, pixels: Tensor) -> Tensor:
         factor = 2**self.config.levels
         if pixels.shape[-2] % factor or pixels.shape[-1] % factor:
             size = f"{pixels.shape[-2]}x{pixels.shape[-1]}"
             raise ValueError(f"Stage A needs sides that are multiples of {factor}, the picture is {size}.")
         x = self.in_block[0](pixels).contiguous(memory_format=torch.channels_last)  # (B,12,2h,2w)
-        return self.down_blocks(self.in_block[1](x))  # (B,4,h,w)
+        return self._through(self.down_blocks, self.in_block[1](x), fused=True)  # (B,4,h,w)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Continuous latents, already divided by the scale: pixels (B,3,4h,4w) in [0,1] -> (B,4,h,w)."""
@@ -172,10 +219,13 @@ class StageA(nn.Module):
         codes, indices, loss = self.vquantizer(z)
         return Quantised(codes / self.config.scale, z / self.config.scale, indices, loss)
 
-    def decode(self, latents_b: Tensor) -> Tensor:
-        """Pixels (B,3,4h,4w), about [0,1] but not clamped, from latents_b (B,4,h,w)."""
+    def decode(self, latents_b: Tensor, fused: bool = True) -> Tensor:
+        """Pixels (B,3,4h,4w), about [0,1] but not clamped, from latents_b (B,4,h,w).
+
+        Where no gradient is needed, `fused` blocks work in place and in spans: faster, in less memory.
+        """
         z = (latents_b * self.config.scale).contiguous(memory_format=torch.channels_last)
-        return self.out_block(self.up_blocks(z))
+        return self.out_block(self._through(self.up_blocks, z, fused))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Quantised]:
         """One training pass through the codes: the reconstruction and what `encode_quantised` returned."""

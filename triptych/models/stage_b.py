@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.models.blocks import ChannelNorm, norm_last, resize
+from triptych.models.scratch import Scratch, keep, scratch_for, spread
 from triptych.models.trunk import Trunk, TrunkConfig
 
 
@@ -115,14 +116,19 @@ class StageB(Trunk):
         Semantic latents are resized, then mapped; pixels are mapped, then resized. Without pixels a zero
         picture stands in: its mapped value is a learned constant, not zero.
         """
-        h = self.embedding(x.contiguous(memory_format=torch.channels_last))
-        size = (h.shape[-2], h.shape[-1])
-        h = h + self.effnet_mapper(resize(semantic, size))
+        return self.embedding(x.contiguous(memory_format=torch.channels_last)) + self.map_inputs(
+            x, semantic, pixels
+        )
+
+    def map_inputs(self, x: Tensor, semantic: Tensor, pixels: Tensor | None) -> Tensor:
+        """What is added to the entry of x; it does not depend on the step, only on the size of x."""
+        size = (x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch)
+        mapped: Tensor = self.effnet_mapper(resize(semantic, size))
         if self.config.semantic_unfold:
-            h = h + resize(self.semantic_unfold(semantic), size)
+            mapped = mapped + resize(self.semantic_unfold(semantic), size)
         if pixels is None:
-            pixels = x.new_zeros(x.shape[0], self.config.pixel_channels, 8, 8)
-        return h + resize(self.pixels_mapper(pixels), size)
+            pixels = x.new_zeros(1, self.config.pixel_channels, 8, 8)
+        return mapped + resize(self.pixels_mapper(pixels), size)
 
     def forward(
         self,
@@ -132,17 +138,23 @@ class StageB(Trunk):
         text_pooled: Tensor,
         pixels: Tensor | None = None,
         sca: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor:
         """The prediction for x (B, 4, H, W), H and W even, at times t (B,) in [0, 1].
 
         semantic (B, 16, h, w) of any size, zeros where unconditional. pixels (B, 3, h', w') in [0, 1].
+        `scratch` and conditions with more rows than x: see `StageC.forward`.
         """
+        scratch, rows = scratch_for(scratch), len(text_pooled)
         extra = [{"sca": sca}[name] for name in self.config.extra_times]
-        time_vector = self.time_vector(t, extra).to(x.dtype)  # (B, time_size * 2)
-        tokens = self.embed_conditioning(text_pooled)  #         (B, tokens_per_vector, cond_width)
-        h = self.embed_inputs(x, semantic, pixels)  #            (B, widths[0], H/2, W/2)
-        h = self.run(h, time_vector, tokens)  #                  (B, widths[0], H/2, W/2)
-        return self.clf(h)  #                                    (B, 4, H, W)
+        time_vector = self.time_vectors(t, extra, text_pooled, x.dtype, scratch)  # (B, time_size * 2)
+        tokens = keep(scratch, "tokens", rows, lambda: self.embed_conditioning(text_pooled))
+        inputs = keep(scratch, "inputs", rows, lambda: self.map_inputs(x, semantic, pixels))
+        h = (
+            spread(self.embedding(x.contiguous(memory_format=torch.channels_last)), rows) + inputs
+        )  # (B, widths[0], H/2, W/2)
+        h = self.run(h, time_vector, tokens, None, scratch)  #                (B, widths[0], H/2, W/2)
+        return self.clf(h)  #                                                 (B, 4, H, W)
 
 
 def unfolder(channels: int, width: int, factor: int) -> nn.Sequential:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.models.blocks import ChannelNorm, norm_last
+from triptych.models.scratch import Scratch, keep, scratch_for
 from triptych.models.trunk import Trunk, TrunkConfig
 
 
@@ -157,23 +158,29 @@ class StageC(Trunk):
         residuals: Sequence[Tensor | None] | None = None,
         sca: Tensor | None = None,
         crp: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor:
         """The prediction for x (B, 16, h, w) at times t (B,) in [0, 1]; for conditions see above.
 
         `residuals` is a list with gaps: entry k, (B, widths, h', w'), is added before ConvBlock k.
+        `scratch` belongs to one run on these conditions. Conditions may have k times the rows of x and t,
+        one branch of guidance after the other: the answer then has as many, and equal work is shared.
         """
+        scratch = scratch_for(scratch)
         named = {"sca": sca, "crp": crp}
         extra = [named[name] for name in self.config.extra_times]
-        time_vector = self.time_vector(t, extra).to(x.dtype)  #               (B, time_size * 3)
-        if self.config.pooled_modulation:
-            pooled = text_pooled.flatten(1) * self.config.pooled_width**0.5  # unit deviation
-            time_vector = torch.cat([time_vector, pooled.to(x.dtype)], dim=1)
-        tokens = self.embed_conditioning(text_hidden, text_pooled, image_embed)  # (B, 85, cond_width)
+        time_vector = self.time_vectors(t, extra, text_pooled, x.dtype, scratch)  # (B, time_size * 3)
+        tokens = keep(  #                                                      (B, 85, cond_width)
+            scratch,
+            "tokens",
+            len(text_pooled),
+            lambda: self.embed_conditioning(text_hidden, text_pooled, image_embed),
+        )
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))  # (B, widths[0], h, w)
         if self.config.positions:
             places = self.position_mapper(embed_positions(x))  #               (h, w, widths[0])
             h = h + places.permute(2, 0, 1)
-        h = self.run(h, time_vector, tokens, residuals)  #                     (B, widths[0], h, w)
+        h = self.run(h, time_vector, tokens, residuals, scratch)  #            (B, widths[0], h, w)
         return self.clf(h)  #                                                  (B, 16, h, w)
 
 

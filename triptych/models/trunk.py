@@ -20,6 +20,7 @@ from triptych.models.blocks import (
     embed_time,
     resize,
 )
+from triptych.models.scratch import Scratch, spread
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,33 @@ class Trunk(nn.Module):
         scalars = [t, *(torch.zeros_like(t) if value is None else value for value in extra)]
         return torch.cat([embed_time(scalar, self.config.time_size) for scalar in scalars], dim=1)
 
+    def time_vectors(
+        self,
+        t: Tensor,
+        extra: Sequence[Tensor | None],
+        text_pooled: Tensor,
+        dtype: torch.dtype,
+        scratch: Scratch | None = None,
+    ) -> Tensor:
+        """What time blocks are told: (B, sum of sizes), or (steps, 1 or B, sum of sizes) for all steps, where
+        the scratch knows which one it is. B is that of the pooled text where time blocks see it."""
+        pooled = None
+        if self.pooled_modulation:
+            pooled = (text_pooled.flatten(1) * self.pooled_modulation**0.5).to(dtype)  # unit deviation
+
+        def of_all_steps(times: Tensor) -> Tensor:
+            vectors = self.time_vector(times, extra).to(dtype)[:, None]
+            if pooled is None:
+                return vectors
+            wide = vectors.expand(-1, len(pooled), -1), pooled.expand(len(times), -1, -1)
+            return torch.cat(wide, dim=-1)
+
+        if scratch is not None and scratch.row is not None and all(value is None for value in extra):
+            times = torch.tensor(scratch.times, device=t.device)
+            return scratch.keep("times", len(text_pooled), lambda: of_all_steps(times))
+        vectors = self.time_vector(t, extra).to(dtype)
+        return vectors if pooled is None else torch.cat([spread(vectors, len(pooled)), pooled], dim=1)
+
     def pooled_tokens(self, mapper: nn.Module, vectors: Tensor) -> Tensor:
         """(B, width) or (B, n, width) -> (B, n * tokens_per_vector, cond_width)."""
         if vectors.ndim == 2:
@@ -187,14 +215,28 @@ class Trunk(nn.Module):
         return mapped.reshape(mapped.shape[0], -1, self.config.cond_width)
 
     def run(
-        self, x: Tensor, time_vector: Tensor, tokens: Tensor, residuals: Sequence[Tensor | None] | None = None
+        self,
+        x: Tensor,
+        time_vector: Tensor,
+        tokens: Tensor,
+        residuals: Sequence[Tensor | None] | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor:
-        """The tower, from the entry's output to the exit's input, both (B, widths[0], h, w)."""
-        outputs = self.run_down(x, time_vector, tokens, residuals)
-        return self.run_up(outputs, time_vector, tokens, residuals)
+        """The tower, from the entry's output to the exit's input, both (B, widths[0], h, w).
+
+        tokens (B or a multiple of B, m, cond_width): with more tokens than maps, branches of guidance share
+        the way until the first tokens enter, and what comes out has a map for every set of tokens.
+        """
+        outputs = self.run_down(x, time_vector, tokens, residuals, scratch)
+        return self.run_up(outputs, time_vector, tokens, residuals, scratch)
 
     def run_down(
-        self, x: Tensor, time_vector: Tensor, tokens: Tensor, residuals: Sequence[Tensor | None] | None = None
+        self,
+        x: Tensor,
+        time_vector: Tensor,
+        tokens: Tensor,
+        residuals: Sequence[Tensor | None] | None = None,
+        scratch: Scratch | None = None,
     ) -> list[Tensor]:
         """Outputs of all levels on the way down, outermost first."""
         outputs = []
@@ -203,7 +245,9 @@ class Trunk(nn.Module):
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
             x = scaler(x)
-            x, conv_index = run_level(x, blocks, gaps, time_vector, tokens, residuals, conv_index)
+            x, conv_index = run_level(
+                x, blocks, gaps, time_vector, tokens, residuals, conv_index, None, scratch
+            )
             outputs.append(x)
         return outputs
 
@@ -213,6 +257,7 @@ class Trunk(nn.Module):
         time_vector: Tensor,
         tokens: Tensor,
         residuals: Sequence[Tensor | None] | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor:
         """From the deepest output back to the outermost level; `outputs` come from `run_down`."""
         x = outputs[-1]
@@ -221,9 +266,11 @@ class Trunk(nn.Module):
             zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True)
         ):
             skip = outputs[-1 - up] if up else None
-            x, conv_index = run_level(x, blocks, gaps, time_vector, tokens, residuals, conv_index, skip)
+            x, conv_index = run_level(
+                x, blocks, gaps, time_vector, tokens, residuals, conv_index, skip, scratch
+            )
             x = scaler(x)
-        return x
+        return spread(x, len(tokens))
 
     @property
     def num_down_conv_blocks(self) -> int:
@@ -242,30 +289,34 @@ def run_level(
     residuals: Sequence[Tensor | None] | None,
     conv_index: int,
     skip: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, int]:
     """All passes over one level. Returns the map and the number of ConvBlocks met so far.
 
     `skip` goes to the first ConvBlock in every pass; where sizes differ, which odd maps cause, x is resized
     to the skip, not the other way round. `residuals[k]`, if any, is added before ConvBlock k runs.
     """
+    if scratch is not None and scratch.fused:
+        x = x.clone()  # the blocks overwrite it, and it may be a skip or the caller's
     for gap in (*gaps, None):
         skip_due = skip
         for block in blocks:
             if isinstance(block, ConvBlock):
                 if skip_due is not None:
-                    x = resize(x, skip_due.shape[-2:])
+                    x = spread(resize(x, skip_due.shape[-2:]), len(skip_due))
+                    skip_due = spread(skip_due, len(x))
                 residual = residuals[conv_index] if residuals and conv_index < len(residuals) else None
                 if residual is not None:
-                    x = x + resize(residual, x.shape[-2:]).to(x.dtype)
-                x = block(x, skip_due)
+                    x = x + spread(resize(residual, x.shape[-2:]).to(x.dtype), len(x))
+                x = block(x, skip_due, scratch)
                 skip_due = None
                 conv_index += 1
             elif isinstance(block, AttentionBlock):
-                x = block(x, tokens)
+                x = block(x, tokens, scratch)
             elif isinstance(block, TimeBlock):
-                x = block(x, time_vector)
+                x = block(x, time_vector, scratch)
             else:
-                x = block(x)
+                x = block(x, scratch)
         if gap is not None:
             x = gap(x)
     return x, conv_index
