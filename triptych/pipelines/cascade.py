@@ -50,7 +50,7 @@ from triptych.pipelines.pictures import (
     with_latents,
 )
 from triptych.pipelines.placement import choose_device, choose_dtype
-from triptych.pipelines.planning import plan_request
+from triptych.pipelines.planning import plan_requests
 from triptych.pipelines.request import Request, Result
 from triptych.pipelines.stages import Event, Run
 from triptych.sizes import PIXELS_PER_LATENT_C, SIDE_MULTIPLE, latent_size_b
@@ -354,10 +354,27 @@ class Cascade:
         """Check a request and what came with it, and plan it; nothing has run when this returns."""
         request = self.resolve(request, brought)
         self._check_inputs(request, inputs, brought)
-        chosen = plan_request(self.parts, request)
-        self.parts.wear(request.lora)
-        self.parts.weights, self.parts.keep = chosen.weights, chosen.keep
+        self._arrange([request])
         return Run(self.parts, request, inputs, brought).events()
+
+    def runs(self, requests: Sequence[Request]) -> list[Run]:
+        """Requests that wear the same LoRAs, checked and planned together, to be carried out stage by stage
+        (see `bulk`). Raises as `generate` does."""
+        runs = []
+        for asked in requests:
+            brought = bring_again(asked)
+            request = self.resolve(asked, brought)
+            inputs = with_latents(NOTHING, request, self._pixels_per_latent())
+            self._check_inputs(request, inputs, brought)
+            runs.append(Run(self.parts, request, inputs, brought))
+        self._arrange([run.request for run in runs])
+        return runs
+
+    def _arrange(self, requests: Sequence[Request]) -> None:
+        """Settle where weights live for requests that are carried out together."""
+        chosen = plan_requests(self.parts, requests)
+        self.parts.wear(requests[0].lora)
+        self.parts.weights, self.parts.keep = chosen.weights, chosen.keep
 
     def _check_inputs(self, request: Request, inputs: Inputs, brought: Sequence[Brought]) -> None:
         """Raise RequestError unless the inputs belong to pictures of this number and size, CheckpointError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from triptych.errors import CapacityError
 from triptych.models.stage_a import StageAConfig
 from triptych.models.stage_b import StageBConfig
@@ -24,17 +26,19 @@ from triptych.sizes import latent_size_b
 PLANNED = ("text_encoder", "stage_c", "stage_b", "stage_a")
 
 
-def plan_request(parts: Parts, request: Request) -> Plan:
-    """Where weights live for a resolved request. Raises CapacityError naming what would fit.
+def plan_requests(parts: Parts, requests: Sequence[Request]) -> Plan:
+    """Where weights live for resolved requests. Raises CapacityError naming what would fit.
 
     The encoders of source pictures are not counted: they are far smaller than Stage C, and are let go of
     before it is loaded.
     """
     item, free = parts.dtype.itemsize, free_memory(parts.device)
-    needs = needs_of(parts, request)
-    chosen = plan(needs, item, free, request.low_memory)
+    needs_by_request = [needs_of(parts, request) for request in requests]
+    needs = [max(same, key=lambda need: need.working) for same in zip(*needs_by_request, strict=True)]
+    chosen = plan(needs, item, free, requests[0].low_memory)
     if chosen is None:
-        raise _refused(parts, request, needs, item, free)
+        worst = max(requests, key=lambda request: request.sides()[0] * request.sides()[1])
+        raise _refused(parts, worst, needs, item, free)
     return chosen
 
 

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from triptych.conditioning.encode import Conditioning, cat, condition
-from triptych.diffusion.denoiser import Branch, Denoiser, Guidance, Predict
+from triptych.diffusion.denoiser import Denoised, Denoiser, Guidance
 from triptych.diffusion.prediction import add_noise
 from triptych.diffusion.samplers import SAMPLERS, Step
 from triptych.diffusion.schedule import Schedule
 from triptych.images import to_images
+from triptych.models.scratch import Scratch, spread
 from triptych.models.stage_c import StageCConfig
 from triptych.pipelines.control import upscaling, with_controls
 from triptych.pipelines.inputs import Control, Inputs, combine, rows
@@ -27,6 +28,7 @@ from triptych.pipelines.noise import START, draw_batch
 from triptych.pipelines.parts import Parts
 from triptych.pipelines.pictures import Brought, with_pictures
 from triptych.pipelines.request import Picture, Request, Result, Sampling, picture_metadata
+from triptych.pipelines.speed import Answer, Branches
 from triptych.sizes import latent_size_b
 
 
@@ -35,7 +37,8 @@ class Event:
     """Something that happened: `step` of `steps` in `stage` is done, for the pictures named.
 
     Stages come in the order "text", "stage_c", "stage_b", "stage_a", from "stage_c" on once per batch; where
-    memory is short, "stage_c" of all batches comes before "stage_b" of the first. "done" is last. `images` and `metadata` belong to "stage_a", one finished picture each time.
+    memory is short, "stage_c" of all batches comes before "stage_b" of the first. "done" is last. `images`
+    and `metadata` belong to "stage_a", one finished picture each time.
     """
 
     stage: str
@@ -210,23 +213,18 @@ class Run:
         with self.parts.turn("stage_c") as network:
             shape = (network.config.channels, *size)
 
-            def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
-                told = both if len(branches) == 2 else cond
-                x, t = _repeated(x.to(self.parts.dtype), t, len(branches))
-                residuals = [
-                    None if residual is None else torch.cat([residual] * len(branches)).to(x)
-                    for residual in acting
-                ]
-                with torch.no_grad():
-                    answer = network(
-                        x,
-                        t,
-                        told.text_hidden,
-                        told.text_pooled,
-                        told.image_embed,
-                        residuals=residuals or None,
-                    )
-                return answer.float().chunk(len(branches))
+            def answer(x: Tensor, t: Tensor, asked: slice, scratch: Scratch) -> Tensor:
+                residuals = [None if one is None else spread(one.to(x), len(x)) for one in acting]
+                predicted: Tensor = network(
+                    x.to(self.parts.dtype),
+                    t,
+                    both.text_hidden[asked],
+                    both.text_pooled[asked],
+                    both.image_embed[asked],
+                    residuals=residuals or None,
+                    scratch=scratch,
+                )
+                return predicted
 
             if start is not None:
                 start = rows(start.float().to(self.parts.device), batch.pictures)
@@ -234,7 +232,7 @@ class Run:
             if start is None:  # from pure noise, in all the steps asked for
                 how = replace(how, steps=self.request.steps or how.steps, strength=1.0)
             acting[:] = combine(controls, 0, how.steps, batch.pictures)
-            for step in self._sample("stage_c", predict, shape, batch, how, start, purpose):
+            for step in self._sample("stage_c", answer, shape, batch, how, start, purpose):
                 batch.latents_c = step.x0
                 acting[:] = combine(controls, step.index + 1, step.steps, batch.pictures)
                 previews = self._preview(step.x0) if self.request.preview else None
@@ -254,14 +252,12 @@ class Run:
         with self.parts.turn("stage_b") as network:
             shape = (network.config.channels, *latent_size_b(height, width))
 
-            def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
-                rows = len(branches) * len(batch.pictures)
-                x, t = _repeated(x.to(self.parts.dtype), t, len(branches))
-                with torch.no_grad():
-                    answer = network(x, t, both[:rows], pooled[:rows])
-                return answer.float().chunk(len(branches))
+            def answer(x: Tensor, t: Tensor, asked: slice, scratch: Scratch) -> Tensor:
+                x = x.to(self.parts.dtype)
+                predicted: Tensor = network(x, t, both[asked], pooled[asked], scratch=scratch)
+                return predicted
 
-            for step in self._sample("stage_b", predict, shape, batch, self.request.sampling("stage_b")):
+            for step in self._sample("stage_b", answer, shape, batch, self.request.sampling("stage_b")):
                 batch.latents_b = step.x0
                 yield Event("stage_b", step.index + 1, step.steps, batch.pictures)
         batch.latents_c = batch.latents_c.cpu()
@@ -272,7 +268,7 @@ class Run:
         with self.parts.turn("stage_a") as network:
             for row in range(len(batch.pictures)):
                 with self.parts.timed("stage_a"), torch.no_grad():
-                    pixels = network.decode(batch.latents_b[row : row + 1].float())
+                    pixels = network.decode(batch.latents_b[row : row + 1].float(), self.parts.speed.fused)
                     self._check(pixels, "stage_a")
                     (image,) = to_images(pixels)
                     if self.inputs.finish is not None:
@@ -284,7 +280,7 @@ class Run:
     def _sample(
         self,
         stage: str,
-        predict: Predict,
+        answer: Answer,
         shape: tuple[int, ...],
         batch: Batch,
         how: Sampling,
@@ -298,13 +294,20 @@ class Run:
         settings = self.parts.info(stage).settings
         schedule = Schedule(settings["shift"])
         guidance = None if how.guidance == 1 else Guidance(how.guidance, rescale=settings["rescale"])
-        denoise = Denoiser(predict, schedule, settings["prediction"], guidance)
 
         def noise(step: int) -> Tensor:
             return draw_batch(batch.seeds, purpose or stage, step, shape).to(self.parts.device)
 
         x = noise(START)
         times, logsnrs = schedule.grid(how.steps, how.strength)
+        told = [float(schedule.time(logsnr)) for logsnr in logsnrs[:-1]]
+        branches = Branches(answer, self.parts.speed, told)
+        denoiser = Denoiser(branches, schedule, settings["prediction"], guidance)
+
+        def denoise(x: Tensor, logsnr: Tensor, t: float) -> Denoised:
+            branches.time = float(schedule.time(logsnr))
+            return denoiser(x, logsnr, t)
+
         if start is not None and how.strength < 1:  # at 1 the little that is left of `start` is left out
             x = add_noise(start, x, logsnrs[0].to(self.parts.device))
         run = SAMPLERS[how.sampler](denoise, x, times, logsnrs, noise)
@@ -333,10 +336,6 @@ def _rows(read: Sequence[Conditioning], row: int) -> Conditioning:
         torch.stack([one.text_pooled[row] for one in read]),
         torch.stack([one.image_embed[row] for one in read]),
     )
-
-
-def _repeated(x: Tensor, t: Tensor, branches: int) -> tuple[Tensor, Tensor]:
-    return torch.cat([x] * branches), torch.cat([t] * branches)
 
 
 def _in_order(batches: Sequence[Batch], name: str) -> Tensor:

@@ -92,6 +92,12 @@ def requested(given: dict[str, Any], like: Path | None) -> tuple[Request, int | 
 
 def prepare_folder(out: Path, request: Request) -> None:
     """Make the folder and try it, so that hours of work do not end at a closed door."""
+    width, height = request.size or (0, 0)
+    check_folder(out, (width * height * 3 + 4096) * len(request.pictures()))
+
+
+def check_folder(out: Path, needed: int) -> None:
+    """Make the folder unless it is there; raises unless `needed` bytes can be written into it."""
     from triptych.pipelines.capacity import gigabytes
 
     if out.exists() and not out.is_dir():
@@ -99,8 +105,6 @@ def prepare_folder(out: Path, request: Request) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out, prefix=".triptych-"):
         pass
-    width, height = request.size or (0, 0)
-    needed = (width * height * 3 + 4096) * len(request.pictures())
     free = shutil.disk_usage(out).free
     if needed > free:
         raise CapacityError(
