@@ -32,15 +32,14 @@ from triptych.training.draws import Draws
 from triptych.training.encoders import Encoders, encode_pictures, frozen, load_encoders, part_path
 from triptych.training.recipes import (
     DiffusionBatch,
-    configured,
     encode_batch,
     first_batch,
     open_diffusion_cache,
-    part_info,
     run_sampler,
     stage_c_loss,
 )
 from triptych.training.sources import Pictures
+from triptych.training.start import network_config, trained_info
 from triptych.training.task import Losses, Task
 
 SHOWN = 4  # pictures in a sample grid
@@ -98,7 +97,7 @@ def controlnet_task(
         )
 
     def info(part: str, network: nn.Module) -> PartInfo:
-        return part_info(settings, part, network, {"hint": settings.control.hint})
+        return trained_info(settings, part, network, {"hint": settings.control.hint})
 
     return Task(
         {"controlnet": network}, pictures.order(cache.buckets if cache else None),
@@ -130,7 +129,7 @@ def build_controlnet(
     settings: RunSettings, kind: Kind, stage_c: StageCConfig, encoders: Encoders
 ) -> ControlNet:
     """The network for a hint and a Stage C; its EfficientNet begins as the semantic encoder's, if alike."""
-    config: ControlNetConfig = configured(CONTROLNET, settings)
+    config: ControlNetConfig = network_config(settings, "controlnet", CONTROLNET)
     bottleneck = settings.network.get("bottleneck", kind.bottleneck)
     config = dataclasses.replace(config, channels=kind.channels, bottleneck=bottleneck)
     if set(stage_c.widths) != {config.width}:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triptych.checkpoints.catalog import PACKAGED, package_folder, scan
+from triptych.checkpoints.catalog import PACKAGED, PUBLISHED, find_model, package_folder, scan
 from triptych.checkpoints.load import load_part
 from triptych.conditioning.encode import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from triptych.errors import SettingsError, nearest
@@ -52,19 +52,26 @@ def shrink_mask(mask: Tensor) -> Tensor:
     return F.avg_pool2d(mask, 4)
 
 
-def part_path(part: str, given: str) -> Path:
-    """The file of a frozen part: a path, or the part of a model known by name."""
-    path = Path(given)
+def part_path(part: str, given: str, setting: str = "") -> Path:
+    """The file (or folder, of a published tower) of a part: a path, or the part of a model known by name.
+
+    `setting` is what errors call it, parts.PART by default. Raises SettingsError when there is none.
+    """
+    path, setting = Path(given), setting or f"parts.{part}"
     if path.is_file():
         return path
     if path.suffix == ".safetensors":
-        raise SettingsError(f"parts.{part}: {given} does not exist; train it first, or name another file.")
-    folder = package_folder(given) if given in PACKAGED else path
-    if not folder.is_dir():
-        raise SettingsError(f'parts.{part}: there is no model or file "{given}"; {nearest(given, PACKAGED)}.')
-    found = scan(folder, {}, {}).get(part)
+        raise SettingsError(f"{setting}: {given} does not exist; train it first, or name another file.")
+    if given in PUBLISHED and not path.is_dir():
+        found: Path | None = getattr(find_model(given), part)
+    else:
+        folder = package_folder(given) if given in PACKAGED else path
+        if not folder.is_dir():
+            known = (*PACKAGED, *PUBLISHED)
+            raise SettingsError(f'{setting}: there is no model or file "{given}"; {nearest(given, known)}.')
+        found = scan(folder, {}, {}).get(part)
     if found is None:
-        raise SettingsError(f'parts.{part}: the model "{given}" has no {part}; train one, or name its file.')
+        raise SettingsError(f'{setting}: the model "{given}" has no {part}; train one, or name its file.')
     return found
 
 

@@ -1,0 +1,88 @@
+"""Fine-tuning: every part begins with weights in the published layout, and what it writes says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from published_folders import write_official
+from safetensors.torch import load_file
+
+from triptych.checkpoints.files import read_tensors
+from triptych.checkpoints.load import load_part, read_part
+from triptych.errors import SettingsError
+from triptych.training.config import RunSettings, check_settings
+from triptych.training.loop import train
+from triptych.training.start import following_init
+
+FIXTURE = Path(__file__).parents[2] / "recipes" / "tiny" / "fixture-64.tar"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small cascade as the hub has it, the semantic encoder at its published size."""
+    return write_official(tmp_path_factory.mktemp("published"), semantic=True)
+
+
+def settings(recipe: str, model: Path, out: Path, **changes: object) -> RunSettings:
+    raw: dict[str, object] = {
+        "recipe": recipe, "init": str(model), "out": str(out), "steps": 2, "batch": 2, "tensorboard": False,
+        "sample_every": 2, "data": {"shards": [str(FIXTURE)], "size": 64, "share_alike": True},
+        "diffusion": {"sampling": {"steps": 2}}, "optim": {"lr": 1e-3, "warmup": 1}, **changes,
+    }  # fmt: skip
+    return check_settings(raw, "test")
+
+
+@pytest.mark.parametrize("recipe", ["stage_a", "stage_b", "stage_c"])
+def test_a_published_part_is_trained_further(recipe: str, model: Path, tmp_path: Path) -> None:
+    train(settings(recipe, model, tmp_path))
+    before, after = read_part(model / f"{recipe}.safetensors"), read_part(tmp_path / f"{recipe}.safetensors")
+    assert after.config == before.config
+    assert after.tensors.keys() == before.tensors.keys()
+    assert any(not torch.equal(after.tensors[n].float(), t.float()) for n, t in before.tensors.items())
+    load_part(tmp_path / f"{recipe}.safetensors", recipe)
+    assert (tmp_path / "samples" / "0000002.png").exists()
+
+
+def test_the_published_encoder_and_previewer_are_trained_further(model: Path, tmp_path: Path) -> None:
+    train(settings("semantic", model, tmp_path, steps=1, batch=1, sample_every=100))
+    for part in ("semantic", "previewer"):
+        load_part(tmp_path / f"{part}.safetensors", part)
+
+
+def test_what_the_files_say_is_followed_where_the_settings_do_not(model: Path, tmp_path: Path) -> None:
+    own = following_init(settings("stage_c", model, tmp_path))
+    assert own.diffusion.prediction == "eps"
+    assert own.diffusion.sampling["pixels_per_latent"] == pytest.approx(42.67)
+    assert own.diffusion.sampling["steps"] == 2
+    assert own.parts.semantic == str(model / "effnet_encoder.safetensors")
+    assert own.parts.text_encoder == str(model / "text_encoder")
+    data = {"shards": [str(FIXTURE)]}
+    assert following_init(settings("stage_c", model, tmp_path, data=data)).data.size == 768
+    asked = settings("stage_c", model, tmp_path, diffusion={"prediction": "v"})
+    assert following_init(asked).diffusion.prediction == "v"
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_an_eps_model_learns_to_answer_something_else(prediction: str, model: Path, tmp_path: Path) -> None:
+    changes = {"diffusion": {"prediction": prediction, "weight": "min_snr"}, "steps": 1, "sample_every": 100}
+    train(settings("stage_c", model, tmp_path, **changes))
+    info = read_part(tmp_path / "stage_c.safetensors").info
+    assert info.settings["prediction"] == prediction
+    assert info.settings["shift"] == read_part(model / "stage_c.safetensors").info.settings["shift"]
+
+
+def test_the_first_step_is_taken_from_the_weights_as_they_were(model: Path, tmp_path: Path) -> None:
+    own = settings("stage_c", model, tmp_path, steps=1, sample_every=100, optim={"lr": 0.0})
+    train(own)
+    tensors = read_tensors(tmp_path / "stage_c.safetensors")
+    published = load_file(model / "stage_c.safetensors")
+    assert len(tensors) == len(published)
+    for name, tensor in published.items():
+        assert torch.equal(tensors[name.replace("in_proj_", "in_proj.")], tensor)
+
+
+def test_a_start_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match='init: there is no model or file "minu"; did you mean "mini"'):
+        train(settings("stage_c", Path("minu"), tmp_path))
