@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from triptych.conditioning.encode import centre_square
 from triptych.models.image_tower import ImageTower
+from triptych.training.processes import everywhere
 
 TEMPERATURE = 0.07  # CLIP's starting value [Radford 2021, section 2.5]
 VIEW = 32  # pixels per side of what the embedding must be able to show
@@ -51,7 +52,7 @@ def embedding_loss(image: Tensor, text: Tensor) -> Tensor:
     Captions of drawings repeat, so the contrastive target is not the own caption alone: it is spread over the
     batch as the captions resemble each other [Andonian 2022].
     """
-    text = text.detach()
+    image, text = everywhere(image), everywhere(text.detach())  # told apart among the global batch
     near = 1 - (image * text).sum(1)
     same = (text @ text.T / TEMPERATURE).softmax(1)  # (B, B), row: what a picture's caption resembles
     likeness = image @ text.T / TEMPERATURE

@@ -1,7 +1,7 @@
 """The log of a run: JSON lines always, TensorBoard where it is installed.
 
 A continued run first drops the lines after its checkpoint, so the log never shows a step twice. A full disk
-costs lines of the log, never the run.
+costs lines of the log, never the run. Of several processes the first one writes, for all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from triptych.training.config import RunSettings
+from triptych.training.processes import everyones, leads
 from triptych.training.task import Losses
 
 try:
@@ -32,8 +33,9 @@ class RunLog:
     def __init__(self, out: Path, settings: RunSettings, step: int) -> None:
         self.path = out / "log.jsonl"
         self.settings = settings
-        keep_lines(self.path, step)
-        self.board = open_tensorboard(out, step) if settings.tensorboard else None
+        if leads():
+            keep_lines(self.path, step)
+        self.board = open_tensorboard(out, step) if settings.tensorboard and leads() else None
         self.first_step, self.first_time = step, time.monotonic()
         self.updates_skipped = 0  # since this process began
         self.in_a_row = 0  # of them, up to now
@@ -66,6 +68,11 @@ class RunLog:
         self.totals.setdefault(name, []).extend(values)
 
     def write(self, step: int, rate: float) -> None:
+        parts = everyones((self.totals, self.per_level))
+        if not leads():
+            return self.clear()
+        self.totals = {name: [v for totals, _ in parts for v in totals[name]] for name in self.totals}
+        self.per_level = [[v for _, levels in parts for v in levels[level]] for level in range(LEVELS)]
         now = time.monotonic()
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 1), "lr": rate}
         line |= {name: sum(values) / len(values) for name, values in self.totals.items()}

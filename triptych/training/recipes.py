@@ -50,6 +50,7 @@ from triptych.training.encoders import (
     shrink_mask,
 )
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
+from triptych.training.processes import total
 from triptych.training.sources import Pictures
 from triptych.training.start import following_init, network_config, trained_info
 from triptych.training.task import Losses, Task
@@ -382,7 +383,7 @@ def diffusion_losses(
     per_sample = per_sample_loss(predicted, target(prediction, x0, eps, logsnr), weigh)
     if weight == "adaptive":
         weights = adaptive(logsnr)
-        adaptive.update(logsnr, per_sample)
+        adaptive.update(logsnr, per_sample, total)
     else:
         weights = loss_weight(weight, prediction, logsnr)
     return Losses((weights * per_sample).mean(), per_sample.detach(), t)

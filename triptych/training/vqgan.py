@@ -18,6 +18,7 @@ from triptych.images import grid, to_images
 from triptych.models.stage_a import DISCRIMINATOR, STAGE_A, Discriminator, StageA
 from triptych.training.config import RunSettings
 from triptych.training.draws import CODES, Draws, key
+from triptych.training.processes import everywhere
 from triptych.training.sources import Pictures
 from triptych.training.start import network_config, trained_info
 from triptych.training.task import Losses, Task
@@ -107,7 +108,8 @@ def restart_codes(stage_a: StageA, pixels: Tensor, seed: int) -> None:
     table = stage_a.vquantizer.codebook.weight
     rows = (quantised.latents * stage_a.config.scale).permute(0, 2, 3, 1).reshape(-1, table.shape[1])
     unused = torch.ones(len(table), dtype=torch.bool, device=table.device)
-    unused[quantised.indices.unique()] = False
+    rows = everywhere(rows)
+    unused[everywhere(quantised.indices.flatten()).unique()] = False
     chosen = torch.randint(len(rows), (len(table),), generator=torch.Generator().manual_seed(seed))
     table[unused] = rows[chosen.to(rows.device)][unused].to(table.dtype)
 

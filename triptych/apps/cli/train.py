@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ Examples:
   triptych train run.toml --set steps=20000 --set optim.lr=3e-4
 
   triptych train --recipe lora --data my_pictures --name mydog
+
+  torchrun --nproc-per-node 8 -m triptych train run.toml
 """
 
 ORDER = (
@@ -83,21 +86,24 @@ def train(
     from triptych.training.loop import train as run
     from triptych.training.stopping import stop_on_signals
 
+    echo = typer.echo if os.environ.get("RANK", "0") == "0" else lambda *text, **options: None
     for number, settings in enumerate(runs, 1):
         label = settings.name or settings.recipe
-        typer.echo(
+        echo(
             f"{label}: {settings.steps} updates of {settings.batch} pictures ({number}/{len(runs)})", err=True
         )
         try:
             with stop_on_signals() as stop, shown_progress() as watch:
                 folder = run(settings, watch, stop)
         except KeyboardInterrupt:  # while nothing was trained, or asked a second time
-            typer.echo(f"{label}: stopped; what was saved is in {settings.out}. {how_to_continue()}")
+            echo(f"{label}: stopped; what was saved is in {settings.out}. {how_to_continue()}")
             return
         if stop.step is not None:
-            typer.echo(f"{label}: saved at step {stop.step} in {folder}. {how_to_continue()}")
+            echo(f"{label}: saved at step {stop.step} in {folder}. {how_to_continue()}")
             return
-        typer.echo(f"{label}: weights, log and samples are in {folder}")
+        echo(f"{label}: weights, log and samples are in {folder}")
+        if os.environ.get("RANK", "0") != "0":
+            continue
         tell_skipped(folder)
         if recipe is not None and settings.recipe == "lora":
             hand_over(folder, settings.name)
@@ -120,7 +126,13 @@ def how_to_continue() -> str:
     """The command that takes the run up again: the one that was given."""
     import shlex
 
-    return f"Continue with: triptych {shlex.join(sys.argv[1:])}"
+    given = shlex.join(sys.argv[1:])
+    machines = int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return f"Continue with: triptych {given}"
+    nodes = f" --nnodes {machines}" if machines > 1 else ""
+    count = os.environ["LOCAL_WORLD_SIZE"]
+    return f"Continue with: torchrun --nproc-per-node {count}{nodes} -m triptych {given} (or other numbers)"
 
 
 def tell_skipped(folder: Path) -> None:

@@ -1,0 +1,137 @@
+"""Training in several processes: two gloo processes do what one does with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_task import small_settings, small_task
+
+from triptych.checkpoints.files import read_tensors
+from triptych.errors import SettingsError
+from triptych.training.config import RunSettings, read_settings
+from triptych.training.loop import train, train_task
+from triptych.training.processes import check_shares, joined
+from triptych.training.state import stored
+from triptych.training.stopping import Stop
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
+NO_DROPOUT = "network.dropout=[0.0, 0.0]"  # masks are a process's own
+
+
+def settings(recipe: str, out: Path, *changes: str) -> RunSettings:
+    given = [f"out={out}", "tensorboard=false", "log_every=1", "sample_every=100", "accumulate=1", *changes]
+    return read_settings(RECIPES / f"{recipe}.toml", given)
+
+
+def train_one(settings: RunSettings) -> None:
+    train(settings)
+
+
+def train_small(settings: RunSettings) -> None:
+    with joined(settings) as device:
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        train_task(settings, small_task(settings), device, lambda progress: None, Stop())
+
+
+def one_of(
+    rank: int, world: int, port: int, call: Callable[[RunSettings], None], settings: RunSettings
+) -> None:
+    """What torchrun does for a process."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    call(settings)
+
+
+def run_together(world: int, call: Callable[[RunSettings], None], settings: RunSettings) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    begun = multiprocessing.get_context("forkserver")
+    begun.set_forkserver_preload(["triptych.training.recipes", "triptych.training.loop"])
+    processes = [
+        begun.Process(target=one_of, args=(rank, world, port, call, settings)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+
+
+def log_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def curves(out: Path, player: str) -> torch.Tensor:
+    """Loss and gradient norm at every step."""
+    return torch.tensor(
+        [[line[f"{player}.{name}"] for name in ("loss", "gradient_norm")] for line in log_lines(out)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "player", "changes"),
+    [
+        ("stage_c", "stage_c", ("data.size=64", NO_DROPOUT, 'diffusion.weight="adaptive"')),
+        (
+            "stage_a",
+            "autoencoder",
+            ("data.size=32", "autoencoder.adversarial_start=1", "autoencoder.restart_codes=2"),
+        ),
+        ("semantic", "autoencoder", ("data.size=64",)),
+    ],
+)
+def test_two_processes_have_the_loss_curve_of_one(
+    recipe: str, player: str, changes: tuple[str, ...], tmp_path: Path
+) -> None:
+    changes = ("steps=4", "batch=4", *changes)
+    train(settings(recipe, tmp_path / "one", *changes))
+    run_together(2, train_one, settings(recipe, tmp_path / "two", *changes))
+    torch.testing.assert_close(
+        curves(tmp_path / "two", player), curves(tmp_path / "one", player), rtol=1e-5, atol=1e-5
+    )
+    assert len(log_lines(tmp_path / "two")) == 4  # only the first process writes
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_run_goes_on_with_another_number_of_processes(split: bool, tmp_path: Path) -> None:
+    recipe = "stage_c" if split else "semantic"  # the small task is of any recipe
+    common = {"recipe": recipe, "shard": split, "accumulate": 2}
+    for world, steps in ((2, 3), (1, 5), (2, 8)):
+        run = small_settings(tmp_path / "changing", **common, steps=steps)
+        train_small(run) if world == 1 else run_together(world, train_small, run)
+        assert stored(tmp_path / "changing")["step"] == steps
+        states = [path.name for path in (tmp_path / "changing").glob("state*")]
+        assert states == [f"state-{steps:09d}" if split and world == 2 else "state.safetensors"]
+    train_small(small_settings(tmp_path / "one", **common))
+    torch.testing.assert_close(
+        curves(tmp_path / "changing", "line"), curves(tmp_path / "one", "line"), rtol=1e-5, atol=1e-5
+    )
+    ours, theirs = (read_tensors(tmp_path / name / "line.safetensors") for name in ("changing", "one"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 6}, "to 4 processes: make batch a multiple of 4"),
+        ({"shard": True}, "recipe \"semantic\" trains so few weights"),
+        ({"shard": True, "recipe": "stage_c", "optim": {"kind": "muon"}}, "needs whole ones"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shared_out_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        check_shares(small_settings(tmp_path, **changes), 4)
+    assert message in str(caught.value)
