@@ -13,6 +13,7 @@ from torch import Tensor
 
 SCALE = ".scale"
 LARGEST = 127
+CHUNK_ELEMENTS = 2**22  # numbers narrowed together, which bounds the memory beside the result
 
 
 def narrow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,11 +23,22 @@ def narrow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.ndim < 2 or not tensor.is_floating_point():
             stored[name] = tensor
             continue
-        rows = tensor.float().flatten(1)
-        scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
-        stored[name] = (rows / scale[:, None]).round().to(torch.int8).view(tensor.shape)
-        stored[name + SCALE] = scale
+        stored[name], stored[name + SCALE] = narrow_matrix(tensor)
     return stored
+
+
+def narrow_matrix(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows of a matrix (rows, ...) and their scales (rows,), float32; some rows at a time."""
+    flat = matrix.flatten(1)
+    narrowed = torch.empty(flat.shape, dtype=torch.int8, device=matrix.device)
+    scales = torch.empty(len(flat), device=matrix.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, flat.shape[1]))
+    for start in range(0, len(flat), step):
+        rows = flat[start : start + step].float()
+        scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+        narrowed[start : start + step] = (rows / scale[:, None]).round_().to(torch.int8)
+        scales[start : start + step] = scale
+    return narrowed.view(matrix.shape), scales
 
 
 def widen(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -1,14 +1,17 @@
 """Where and how precisely each block computes, and where its weights live: the one seam for memory.
 
-Weights of a network live in one of three places:
+Weights of a network live in one of four places:
 
     resident   on the device, in the precision they compute in
     narrow     on the device, as the file stores them (bfloat16, say); each block is widened while it runs
+    int8       on the device, matrices as int8 rows with a scale each (see `int8.py`), widened like narrow ones
     streamed   in the memory-mapped file; each block is brought to the device and widened while it runs
 
 A block is a child of a list of blocks (`nn.ModuleList`): the unit in which the trunk of Stages B and C and
 the layers of a text tower run. Everything outside such lists is small and always resident. Widening from
-bfloat16 or float16 to float32 is exact, so all three places give the same numbers.
+bfloat16 or float16 to float32 is exact, so all places but int8 give the same numbers. int8 rows are widened
+here rather than by torchao, whose tensors replace linear layers by subclasses: blocks that work in place and
+other devices than its own would lose their way, for the same memory.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from triptych.checkpoints.int8 import narrow_matrix
 from triptych.errors import RequestError
 
-Weights = Literal["resident", "narrow", "streamed"]
+Weights = Literal["resident", "narrow", "int8", "streamed"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_SIDE = 192  # a matmul of this side takes 0.2 ms in float32, and 10 ms where bfloat16 is emulated
@@ -117,10 +121,16 @@ def place(module: nn.Module, placement: Placement) -> nn.Module:
         if id(tensor) not in inside:
             _fill(owner, name, _moved(tensor, placement.device, placement.dtype))
     for block in blocks:
-        if placement.weights == "narrow":
-            for name, owner, tensor in _slots(block):
-                _fill(owner, name, tensor.to(placement.device, copy=True))
-        visit = _Visit(block, placement)
+        scales: dict[int, Tensor] = {}
+        for name, owner, tensor in list(_slots(block)) if placement.weights != "streamed" else ():
+            if placement.weights == "int8" and tensor.ndim == 2 and tensor.is_floating_point():
+                kept, scale = narrow_matrix(tensor)
+                kept = nn.Parameter(kept.to(placement.device), requires_grad=False)
+                scales[id(kept)] = scale.to(placement.device)
+            else:
+                kept = tensor.to(placement.device, copy=True)
+            _fill(owner, name, kept)
+        visit = _Visit(block, placement, scales)
         block.register_forward_pre_hook(visit.enter)
         block.register_forward_hook(visit.leave, always_call=True)
     return module
@@ -142,16 +152,23 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 class _Visit:
     """Brings a block's weights to where they compute when it runs and puts the stored ones back after."""
 
-    def __init__(self, block: nn.Module, placement: Placement) -> None:
+    def __init__(self, block: nn.Module, placement: Placement, scales: dict[int, Tensor]) -> None:
         self.slots = list(_slots(block))
         self.placement = placement
+        self.scales = scales  # of int8 rows, by the identity of their matrix
 
     def enter(self, block: nn.Module, inputs: Any) -> None:
         moved: dict[int, Tensor] = {}  # a weight that a block uses twice is moved once
         for name, owner, stored in self.slots:
             if id(stored) not in moved:
-                moved[id(stored)] = _moved(stored, self.placement.device, self.placement.dtype)
+                moved[id(stored)] = self._widened(stored)
             _fill(owner, name, moved[id(stored)])
+
+    def _widened(self, stored: Tensor) -> Tensor:
+        scale = self.scales.get(id(stored))
+        if scale is None:
+            return _moved(stored, self.placement.device, self.placement.dtype)
+        return (stored * scale[:, None]).to(self.placement.dtype)  # the product is float32
 
     def leave(self, block: nn.Module, inputs: Any, output: Any) -> None:
         for name, owner, stored in self.slots:
