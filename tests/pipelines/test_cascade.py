@@ -14,7 +14,7 @@ from triptych import Cascade, CheckpointError, Request, RequestError
 from triptych.checkpoints.files import read_tensors, write_part
 from triptych.checkpoints.headers import read_metadata
 from triptych.errors import CapacityError
-from triptych.pipelines import planning
+from triptych.pipelines import capacity, planning
 from triptych.pipelines.noise import START, draw
 
 
@@ -99,7 +99,7 @@ def test_every_sampler_runs_in_both_stages(cascade: Cascade, sampler: str) -> No
 def test_guidance_of_one_asks_the_network_once(cascade: Cascade) -> None:
     sizes: list[int] = []
     with cascade.parts.turn("stage_c") as network:
-        handle = network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        handle = network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[2])))
     cascade.generate("a", seed=1, guidance=1, steps=1)
     cascade.generate("a", seed=1, guidance=2, steps=1)
     handle.remove()
@@ -172,13 +172,19 @@ def test_a_bad_request_loads_nothing(tiny_cascade: Path) -> None:
     assert not cascade.parts._loaded
 
 
+def least_at(cascade: Cascade, size: str) -> int:
+    request = cascade.resolve(Request(prompt="a", size=size, batch=1))
+    return capacity.least(planning.needs_of(cascade.parts, request))
+
+
 def test_too_large_a_picture_is_refused_before_loading(
     tiny_cascade: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cascade = Cascade.load(tiny_cascade)
-    monkeypatch.setattr(planning, "free_memory", lambda device: 50_000_000)
+    least = least_at(cascade, "1024x1024")
+    monkeypatch.setattr(planning, "room_on", lambda device, limit: least)
     with pytest.raises(
-        CapacityError, match=r"needs about .* are free on cpu.*would fit with --batch 1 --size"
+        CapacityError, match=r"needs at least .* can be used on cpu.*would fit with --batch 1 --size"
     ):
         cascade.stream("a", size="2048x2048")
     assert not cascade.parts._loaded

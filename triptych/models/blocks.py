@@ -186,6 +186,8 @@ class TimeBlock(nn.Module):
             of_all = scratch.keep(self, time_vector.shape[1], lambda: self.scales_and_shifts(time_vector))
             scale_shift = of_all[scratch.row]
         x = spread(x, len(scale_shift))
+        if len(scale_shift) > 1:
+            scale_shift = spread(scale_shift, len(x))
         scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
         if scratch is not None and scratch.fused:
             return torch.addcmul(shift, x, 1 + scale, out=x)

@@ -67,9 +67,9 @@ class Scratch:
     def fused(self) -> bool:
         return self._fused and not torch.is_grad_enabled()
 
-    def at(self, time: float) -> None:
-        """The next step is told `time`."""
-        self.row = self.times.index(time) if time in self.times else None
+    def at(self, time: float | None) -> None:
+        """The next step is told `time`; None where nobody knows."""
+        self.row = None if time is None or time not in self.times else self.times.index(time)
 
     def keep(self, owner: Hashable, rows: int, make: Callable[[], Tensor]) -> Tensor:
         """What `make()` gave before for `owner` and a batch of `rows`, or gives now."""

@@ -12,7 +12,7 @@ copies; the discriminator does not, because instance norms are faster without.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,9 @@ class MixingBlock(nn.Module):
         for rows in spans(height, span_rows(self.width * x.shape[3], x)):
             below = min(rows.stop + 1, height)
             band = self._norm(x[:, :, rows.start : below], g[0], g[1])  # (1,h,w,c)
-            edges = [band[:, :1] if above is None else above, band, *[band[:, -1:]][: below == height]]
+            edges = [band[:, :1] if above is None else above, band]
+            if rows.stop == height:
+                edges.append(band[:, -1:])
             above = band[:, rows.stop - rows.start - 1 :][:, :1].clone()
             framed = torch.cat(edges, dim=1).permute(0, 3, 1, 2)
             mixed = self.depthwise[1](F.pad(framed, (1, 1, 0, 0), mode="replicate"))
@@ -114,7 +116,9 @@ class MixingBlock(nn.Module):
 
     def _add_channelwise(self, x: Tensor, buffer: Buffer) -> None:
         """x (h * w, c), in spans of rows."""
-        g, (first, _, last) = self.gammas, self.channelwise
+        g, layers = self.gammas, self.channelwise
+        first: Any = layers[0]
+        last: Any = layers[2]
         scale, shift = (1 + g[3]).expand(self.width), g[4].expand(self.width)
         step = span_rows(first.out_features, x)
         hidden = buffer.take(min(step, len(x)), first.out_features, x)

@@ -24,6 +24,7 @@ from triptych.errors import CapacityError, CheckpointError
 from triptych.models.lora import merge, merged, set_weight
 from triptych.pipelines.adapters import ADAPTED, Adapters, Wardrobe, split_scale, stack
 from triptych.pipelines.placement import Placement, Weights, place
+from triptych.pipelines.speed import Speed
 from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_c
 
 ALLOCATORS_SAY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -42,6 +43,7 @@ class Parts:
         self.dtype = dtype
         self.weights: dict[str, Weights] = {}
         self.keep = True
+        self.speed = Speed()
         self._held: set[str] = set()  # parts that stay loaded between their turns for now
         self.timings: dict[str, float] = {}  # seconds by stage; loading is counted here
         self._loaded: dict[str, Any] = {}

@@ -214,9 +214,10 @@ class Run:
             shape = (network.config.channels, *size)
 
             def answer(x: Tensor, t: Tensor, asked: slice, scratch: Scratch) -> Tensor:
+                x = x.to(self.parts.dtype)
                 residuals = [None if one is None else spread(one.to(x), len(x)) for one in acting]
                 predicted: Tensor = network(
-                    x.to(self.parts.dtype),
+                    x,
                     t,
                     both.text_hidden[asked],
                     both.text_pooled[asked],

@@ -1,0 +1,175 @@
+"""Networks in sampling work in place, keep results between steps, share equal branches: the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from triptych.models import fused, scratch
+from triptych.models.blocks import AttentionBlock, ConvBlock, FeedForwardBlock
+from triptych.models.scratch import Scratch
+from triptych.models.stage_a import STAGE_A, StageA
+from triptych.models.stage_b import STAGE_B, StageB
+from triptych.models.stage_c import STAGE_C, StageC
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def randomised(network: Any) -> Any:
+    """Random weights in every tensor, those that are zero at birth included."""
+    for index, parameter in enumerate(network.parameters()):
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
+        parameter.copy_(normal(*parameter.shape, seed=index) / fan_in**0.5)
+    return network.eval()
+
+
+@pytest.fixture(params=["whole", "in spans"])
+def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps in one piece, and in pieces that end in the middle of rows of positions and of samples."""
+    if request.param == "in spans":
+        monkeypatch.setattr(scratch, "SPAN_BYTES", 2048)
+        monkeypatch.setattr(fused, "LEAST_ROWS_PER_WIDTH", 0)
+        monkeypatch.setattr(fused, "STATISTIC_ROWS", 5)
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+STAGES = {
+    "stage_c": (
+        StageC(STAGE_C["tiny"]),
+        {"text_hidden": normal(2, 9, 384), "text_pooled": normal(2, 384)},
+        16,
+    ),
+    "stage_c of mini's kind": (
+        StageC(replace(STAGE_C["tiny"], extra_times=(), pooled_modulation=True, positions=True)),
+        {"text_hidden": normal(2, 9, 384), "text_pooled": normal(2, 1, 384)},
+        16,
+    ),
+    "stage_b": (
+        StageB(replace(STAGE_B["tiny"], semantic_unfold=2)),
+        {"semantic": normal(2, 16, 3, 2), "text_pooled": normal(2, 1, 384)},
+        4,
+    ),
+}
+
+
+@pytest.fixture(params=list(STAGES))
+def stage(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """A network, conditions of two branches, and a map for one."""
+    network, cond, channels = STAGES[request.param]
+    return randomised(network), cond, normal(1, channels, 6, 10, seed=5)
+
+
+def ask(network: Any, x: Tensor, cond: dict[str, Tensor], **more: Any) -> Tensor:
+    with torch.no_grad():
+        return network(x, torch.full((len(x),), 0.7), **cond, **more)
+
+
+def test_working_in_place_gives_the_numbers_of_training(stage, spans: None) -> None:
+    network, cond, x = stage
+    x = torch.cat([x, 2 * x])
+    before = x.clone()
+    with torch.enable_grad():
+        want = network(x, torch.full((2,), 0.7), **cond).detach()
+    assert_same(ask(network, x, cond), want)
+    assert_same(ask(network, x, cond, scratch=Scratch(fused=False)), want)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_equal_branches_part_where_their_conditions_enter(stage, spans: None, pictures: int) -> None:
+    network, cond, x = stage
+    if pictures == 2:
+        x, cond = torch.cat([x, 2 * x]), {name: torch.cat([value, -value]) for name, value in cond.items()}
+    want = ask(network, torch.cat([x, x]), cond)
+    assert_same(ask(network, x, cond), want)
+    assert_same(ask(network, x, cond, scratch=Scratch(fused=False)), want)
+
+
+@pytest.mark.parametrize("skip_until", [0, 3])
+def test_residuals_meet_shared_branches(skip_until: int) -> None:
+    network, cond, _ = STAGES["stage_c"]
+    network, x = randomised(network), normal(1, 16, 5, 4)
+    residuals = [None] * skip_until + [normal(1, 32, 3, 3, seed=6)]
+    both = [None if one is None else torch.cat([one, one]) for one in residuals]
+    want = ask(network, torch.cat([x, x]), cond, residuals=both)
+    assert_same(ask(network, x, cond, residuals=residuals), want)
+
+
+def test_what_is_kept_serves_every_step_and_time(stage) -> None:
+    network, cond, x = stage
+    kept = Scratch(times=(0.9, 0.4))
+    with torch.no_grad():
+        for time in (0.9, 0.4, 0.55, 0.9):  # one of them was not foreseen
+            kept.at(time)
+            told = torch.full((1,), time)
+            assert_same(network(x, told, **cond, scratch=kept), network(x, told, **cond))
+
+
+def calls(module: nn.Module) -> list[int]:
+    """Grows by one whenever the module runs."""
+    seen: list[int] = []
+    module.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def test_conditions_are_read_once_in_a_run() -> None:
+    network = randomised(StageC(STAGE_C["tiny"]))
+    block = next(block for block in network.modules() if isinstance(block, AttentionBlock))
+    counts = [calls(module) for module in (network.clip_txt_mapper, block.kv_mapper)]
+    kept, cond = Scratch(times=(0.9, 0.4)), STAGES["stage_c"][1]
+    for time in kept.times:
+        kept.at(time)
+        ask(network, normal(1, 16, 3, 3), cond, scratch=kept)
+    assert [len(count) for count in counts] == [1, 1]
+
+
+def test_memory_of_what_is_kept_is_bounded(stage) -> None:
+    network, cond, x = stage
+    tight = Scratch(limit=5000)
+    assert_same(ask(network, x, cond, scratch=tight), ask(network, x, cond))
+    assert_same(ask(network, x, cond, scratch=tight), ask(network, x, cond))
+    assert tight.used <= 5000
+
+
+@pytest.mark.parametrize("block", [ConvBlock(8), ConvBlock(8, 4), FeedForwardBlock(8)])
+def test_linear_layers_that_are_more_than_that_are_not_gone_around(block: nn.Module) -> None:
+    """An adapter, say, has to act."""
+
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    randomised(block)
+    last = block.channelwise[4]
+    block.channelwise[4] = Doubling(last.in_features, last.out_features)
+    block.channelwise[4].load_state_dict(last.state_dict())
+    x = normal(2, 8, 3, 4)
+    more = (
+        (normal(2, 4, 3, 4),) if isinstance(block, ConvBlock) and block.channelwise[0].in_features > 8 else ()
+    )
+    with torch.no_grad():
+        want = block(x, *more)
+        got = block(x.clone(), *more, scratch=Scratch())
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 1), (2, 3)])
+def test_stage_a_in_place_and_in_bands_equals_whole(height: int, width: int, spans: None) -> None:
+    network = randomised(StageA(STAGE_A["tiny"]))
+    latents = normal(2, 4, height, width)
+    pixels = torch.rand(2, 3, 4 * height, 4 * width)
+    want = network.decode(latents).detach(), network.encode(pixels).detach()  # with gradients: the plain way
+    with torch.no_grad():
+        assert_same(network.decode(latents), want[0])
+        assert torch.equal(network.decode(latents, fused=False), want[0])
+        assert_same(network.encode(pixels), want[1])

@@ -1,0 +1,106 @@
+"""Switches of speed change nothing that can be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from controlnets import controlled_cascade
+from PIL import Image
+from torch import Tensor
+
+from triptych import Cascade
+from triptych.pipelines.control import Steering
+from triptych.pipelines.speed import Branches, Speed
+
+SWITCHES = {
+    "once": Speed(once=False),
+    "little kept": Speed(kept_bytes=20_000),
+    "fused": Speed(fused=False),
+    "share": Speed(share=False),
+    "together": Speed(together=False),
+    "all": Speed(once=False, fused=False, share=False, together=False),
+}
+SETTINGS: dict[str, Any] = {
+    "seed": 3, "steps": 3, "decoder_steps": 2, "decoder_guidance": 1.5, "count": 2, "size": "64x48",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cascade(tiny_cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Cascade:
+    folder = controlled_cascade(tiny_cascade, tmp_path_factory.mktemp("controlled"))
+    return Cascade.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def steering(tmp_path_factory: pytest.TempPathFactory) -> Steering:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.linear_gradient("L").convert("RGB").resize((64, 48)).save(path)
+    return Steering("canny", path)
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("switch", list(SWITCHES))
+def test_a_picture_is_the_same_without(switch: str, cascade: Cascade) -> None:
+    cascade.parts.speed = Speed()
+    want = cascade.generate("a red apple", **SETTINGS)
+    cascade.parts.speed = SWITCHES[switch]
+    got = cascade.generate("a red apple", **SETTINGS)
+    assert_same(got.latents_c, want.latents_c)
+    assert_same(got.latents_b, want.latents_b)
+
+
+@pytest.mark.parametrize("switch", ["share", "together", "all"])
+def test_a_steered_picture_is_the_same_without(switch: str, cascade: Cascade, steering: Steering) -> None:
+    cascade.parts.speed = Speed()
+    want = cascade.steer("a star", steering, seed=1, steps=3, decoder_steps=1).latents_c
+    cascade.parts.speed = SWITCHES[switch]
+    got = cascade.steer("a star", steering, seed=1, steps=3, decoder_steps=1).latents_c
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("weights", ["narrow", "streamed"])
+def test_what_is_kept_was_made_with_widened_weights(weights: Any, narrow_cascade: Path) -> None:
+    """Weights of a block are wide only while it runs; keys and values kept from them are as wide."""
+    latents = []
+    for where in ("resident", weights):
+        cascade = Cascade.load(narrow_cascade, device="cpu", dtype="float32")
+        cascade.parts.weights = {"stage_c": where, "stage_b": where}
+        latents.append(cascade.generate("a red apple", seed=1, steps=3, decoder_steps=2).latents_b)
+    assert torch.equal(*latents)
+
+
+@pytest.mark.parametrize(("speed", "asked"), [(Speed(), [(2, 4)]), (Speed(together=False), [(2, 2)] * 2)])
+def test_branches_run_as_one_batch_or_one_after_the_other(speed: Speed, asked: list[Any]) -> None:
+    seen: list[tuple[int, int]] = []
+    cond = torch.arange(4.0)[:, None]
+
+    def answer(x: Tensor, t: Tensor, rows: slice, scratch: Any) -> Tensor:
+        seen.append((len(x), len(cond[rows])))
+        return cond[rows]
+
+    branches = Branches(answer, speed)
+    on, off = branches(torch.zeros(2, 1), torch.zeros(2), ("cond", "uncond"))
+    assert (on.flatten().tolist(), off.flatten().tolist()) == ([0, 1], [2, 3])
+    assert seen == asked
+    (only,) = branches(torch.zeros(2, 1), torch.zeros(2), ("cond",))
+    assert only.flatten().tolist() == [0, 1]
+    assert seen == [*asked, (2, 2)]
+
+
+def test_guidance_one_runs_one_branch(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = Branches.__call__
+
+    def counted(self: Branches, x: Tensor, t: Tensor, branches: Any) -> Any:
+        sizes.append(len(branches))
+        return plain(self, x, t, branches)
+
+    monkeypatch.setattr(Branches, "__call__", counted)
+    cascade.generate("a red apple", steps=1, decoder_steps=1, guidance=1, decoder_guidance=1, seed=1)
+    assert sizes == [1, 1]
