@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from triptych.apps.cli.main import run
+from triptych.data.batches import load_batch, order_of
+from triptych.data.buckets import make_buckets
 from triptych.data.shards import ShardIndex
 from triptych.errors import DataError
 from triptych.training.prepare import prepare
@@ -131,3 +133,80 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match="no readable picture"):
         prepare(str(tmp_path / "in"), tmp_path / "out")
+
+
+def test_a_bucket_behind_a_url_is_read_like_a_folder(folder: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.put(str(folder), "/bucket/pictures", recursive=True)
+    try:
+        made = prepare("memory://bucket/pictures", tmp_path / "remote", size=256)
+    finally:
+        store.rm("/bucket", recursive=True)
+    prepare(str(folder), tmp_path / "local", size=256)
+    remote, local = (
+        {s.meta["source"]: (s.captions, s.image.tobytes()) for s in ShardIndex(tmp_path / name)}
+        for name in ("remote", "local")
+    )
+    assert remote == local
+    assert {key for key, _ in made.skipped} == {"again.png", "small.png", "cut.png", "notes.pdf"}
+    with pytest.raises(DataError, match="no files behind memory://bucket/none"):
+        prepare("memory://bucket/none", tmp_path / "none")
+
+
+def test_datasets_that_the_library_saved_and_tars_behind_urls(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = {"image": [{"bytes": picture(96, 80), "path": None}], "caption": ["one"]}
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    prepare(str(tmp_path / "saved"), tmp_path / "a", size=128)
+    assert [sample.caption for sample in ShardIndex(tmp_path / "a")] == ["one"]
+    prepare(str(folder), tmp_path / "tars", size=256)
+    prepare(f"file://{tmp_path}/tars/shard-00000.tar", tmp_path / "b", size=256)
+    first, second = (sorted(s.captions for s in ShardIndex(tmp_path / name)) for name in ("tars", "b"))
+    assert first == second
+
+
+def test_masks_travel_with_their_pictures(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    mask = Image.new("L", (200, 200), 0)
+    mask.paste(255, (0, 0, 100, 200))
+    Image.new("RGB", (200, 200), "red").save(root / "a.png")
+    mask.save(root / "a-mask.png")
+    clear = Image.new("RGBA", (800, 800), "blue")
+    clear.putalpha(mask.resize((800, 800)))
+    clear.save(root / "large.png")  # is stored anew, smaller
+    made = prepare(str(root), tmp_path / "out", size=128)
+    assert made.pictures == 2
+    assert made.skipped == []
+    for sample in ShardIndex(tmp_path / "out"):
+        assert sample.mask is not None
+        middle = sample.mask.height // 2
+        assert (sample.mask.getpixel((5, middle)), sample.mask.getpixel((sample.mask.width - 5, middle))) == (
+            255,
+            0,
+        )
+
+
+def test_a_smart_crop_keeps_what_stands_out(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    wide = Image.new("RGB", (400, 100), "white")
+    wide.paste("red", (330, 20, 390, 80))
+    wide.save(root / "a.png")
+    assert (
+        run(["prepare", str(root), str(tmp_path / "out"), "--size", "100", "--square", "--crop", "smart"])
+        == 0
+    )
+    index = ShardIndex(tmp_path / "out")
+    (down, across) = index[0].focus
+    assert down == pytest.approx(0.5, abs=0.05)
+    assert across == pytest.approx(0.9, abs=0.05)
+    buckets = make_buckets(96, (1.0,))
+    order = order_of(index, buckets, 1)
+    smart = load_batch(index, order.plan(0), buckets, random_crop=False).pixels[0]
+    red = (smart[0] > 0.8) & (smart[1] < 0.2)
+    assert red.float().mean() > 0.3
+    assert run(["prepare", str(root), str(tmp_path / "x"), "--crop", "clever"]) == 2

@@ -151,6 +151,14 @@ def soft_edge(mask: Tensor, width: int) -> Tensor:
     return mask * (total / torch.minimum(deepest, torch.full_like(deepest, float(depth)))).clamp(0, 1)
 
 
+def salient_place(saliency: Tensor) -> tuple[float, float]:
+    """The middle (down, across), in [0, 1], of what stands out most in a saliency map (h,w)."""
+    weights = torch.softmax(saliency.flatten() / TEMPERATURE, 0).view_as(saliency)
+    rows, columns = (weights > KEPT * weights.max()).nonzero(as_tuple=True)
+    height, width = saliency.shape
+    return float(rows.float().mean()) / max(1, height - 1), float(columns.float().mean()) / max(1, width - 1)
+
+
 def smart_crop(pixels: Tensor, size: tuple[int, int], saliency: Tensor) -> Tensor:
     """The part of one picture (3,H,W) of `size` (height, width) around what stands out in it.
 
@@ -163,12 +171,7 @@ def smart_crop(pixels: Tensor, size: tuple[int, int], saliency: Tensor) -> Tenso
         padded = F.pad(pixels, (left // 2, left - left // 2, top // 2, top - top // 2))
         top, left = (padded.shape[-2] - high) // 2, (padded.shape[-1] - wide) // 2
         return padded[..., top : top + high, left : left + wide]
-    weights = torch.softmax(saliency.flatten() / TEMPERATURE, 0).view_as(saliency)
-    rows, columns = (weights > KEPT * weights.max()).nonzero(as_tuple=True)
-    centre = [
-        float(at.float().mean()) / max(1, cells - 1)
-        for at, cells in zip((rows, columns), saliency.shape, strict=True)
-    ]
+    centre = salient_place(saliency)
     top = math.trunc(min(max(0.0, centre[0] * height - high / 2), height - high))
     left = math.trunc(min(max(0.0, centre[1] * width - wide / 2), width - wide))
     return pixels[..., top : top + high, left : left + wide]

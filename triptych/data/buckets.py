@@ -97,6 +97,6 @@ def crop_around(resized: tuple[int, int], bucket: Bucket, focus: tuple[float, fl
     places = []
     for side, crop, at in zip(resized, (bucket.height, bucket.width), focus, strict=True):
         free = side - crop
-        corner = min(max(round(at * side - crop / 2), 0), free)
+        corner = int(min(max(at * side - crop / 2, 0.0), free))
         places.append(0.5 if at == 0.5 else (corner + 0.5) / (free + 1))
     return places[0], places[1]
