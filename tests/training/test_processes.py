@@ -88,7 +88,7 @@ def curves(out: Path, player: str) -> torch.Tensor:
             "autoencoder",
             ("data.size=32", "autoencoder.adversarial_start=1", "autoencoder.restart_codes=2"),
         ),
-        ("semantic", "autoencoder", ("data.size=64",)),
+        ("semantic", "autoencoder", ("data.size=64", "optim.lr=1e-4")),
     ],
 )
 def test_two_processes_have_the_loss_curve_of_one(
@@ -97,9 +97,9 @@ def test_two_processes_have_the_loss_curve_of_one(
     changes = ("steps=4", "batch=4", *changes)
     train(settings(recipe, tmp_path / "one", *changes))
     run_together(2, train_one, settings(recipe, tmp_path / "two", *changes))
-    torch.testing.assert_close(
-        curves(tmp_path / "two", player), curves(tmp_path / "one", player), rtol=1e-5, atol=1e-5
-    )
+    (ours, our_norms), (theirs, their_norms) = (curves(tmp_path / name, player).T for name in ("two", "one"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_norms, their_norms, rtol=1e-3, atol=1e-5)
     assert len(log_lines(tmp_path / "two")) == 4  # only the first process writes
 
 
@@ -128,6 +128,7 @@ def test_a_run_goes_on_with_another_number_of_processes(split: bool, tmp_path: P
     [
         ({"batch": 6}, "to 4 processes: make batch a multiple of 4"),
         ({"shard": True}, "recipe \"semantic\" trains so few weights"),
+        ({"optim": {"fused_backward": True, "clip": 0}}, "before other processes have added their gradients"),
         ({"shard": True, "recipe": "stage_c", "optim": {"kind": "muon"}}, "needs whole ones"),
     ],
 )  # fmt: skip

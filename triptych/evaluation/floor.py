@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "mkldnn_convolution")
+PRODUCTS = (
+    "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "mkldnn_convolution", "convolution_backward",
+)  # fmt: skip
 ATTENTION = "scaled_dot_product"
 RUNS = 3  # per kind of product
 
@@ -66,7 +68,10 @@ def _is_product(func: Any, args: tuple[Any, ...]) -> bool:
         return True
     if name not in PRODUCTS:
         return False
-    depthwise = "convolution" in name and args[1].shape[1] == 1 and args[0].shape[1] > 1
+    if "convolution" not in name:
+        return True
+    x, weight = args[1:3] if name == "convolution_backward" else args[:2]  # before it stands the gradient
+    depthwise = weight.shape[1] == 1 and x.shape[1] > 1
     return not depthwise  # a depthwise convolution multiplies no matrices
 
 

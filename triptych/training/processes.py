@@ -75,6 +75,11 @@ def check_shares(settings: RunSettings, count: int) -> None:
             f"A batch of {settings.batch} in {settings.accumulate} parts cannot be dealt out evenly to "
             f"{count} processes: make batch a multiple of {count * settings.accumulate}."
         )
+    if settings.optim.fused_backward:
+        raise SettingsError(
+            "optim.fused_backward moves weights before other processes have added their gradients: leave it "
+            "out with several, or train in one."
+        )
     if settings.shard and settings.recipe not in SHARDED:
         raise SettingsError(
             f'shard = true splits the networks of {", ".join(SHARDED)}; recipe "{settings.recipe}" trains so '

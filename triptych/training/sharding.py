@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from triptych.training.processes import leads, world
 CONTENT = "triptych_run.json"  # beside torch's own files
 
 
-def shard_networks(networks: Sequence[nn.Module], device: torch.device) -> None:
+def shard_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
     """Split networks over all processes, block by block: each is whole only while it runs."""
     mesh = init_device_mesh(device.type, (world(),))
     for network in networks:
