@@ -22,12 +22,16 @@ from PIL import Image
 from small_task import small_settings, small_task
 
 from triptych.checkpoints.files import read_tensors
-from triptych.errors import CapacityError, TrainingError
+from triptych.data.batches import load_batch, order_of
+from triptych.data.buckets import Bucket
+from triptych.data.shards import ShardIndex
+from triptych.errors import CapacityError, CheckpointError, TrainingError
 from triptych.training.config import RunSettings, read_settings
 from triptych.training.loop import Progress, train, train_task
 from triptych.training.state import stored
 from triptych.training.stopping import Stop, stop_on_signals
 
+SQUARE = [Bucket(64, 64, 1.0)]
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 TINY = (
     "data.size=64", "batch=2", "save_every=1", "sample_every=1000", "log_every=1", "tensorboard=false",
@@ -170,7 +174,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_tries_again(tmp_path:
     assert same_state(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_that_is_there(tmp_path: Path) -> None:
+def test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint(tmp_path: Path) -> None:
     full = FullDisk(first=4, last=100)
     try:
         with pytest.raises(CapacityError, match="checkpoint of step 2 is kept: make room"):
@@ -182,7 +186,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_that_is_there(t
     assert same_state(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         run_small(small_settings(tmp_path), spoilt_steps=[4])
     names = [f"sample {sample}" for sample in small_task(small_settings(tmp_path)).order.plan(4).samples]
@@ -247,6 +251,55 @@ def test_damaged_pictures_and_tars_are_skipped_counted_and_named(tmp_path: Path)
     assert "Skipped pictures (3)" in (out / "report.html").read_text()
 
 
+def test_a_batch_of_which_nothing_can_be_read_is_replaced_alike(tmp_path: Path) -> None:
+    for name in "abcdefgh":
+        Image.new("RGB", (64, 64), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    plan = order_of(ShardIndex(tmp_path), SQUARE, 2).plan(0)
+    for index in plan.samples:
+        spoiled = tmp_path / f"{ShardIndex(tmp_path).key(index)}.png"
+        spoiled.write_bytes(spoiled.read_bytes()[:-30])
+    batches = [load_batch(ShardIndex(tmp_path), plan, SQUARE, places=[1]) for _ in range(2)]
+    assert torch.equal(batches[0].pixels, batches[1].pixels)
+    assert len(batches[0].samples) == 1
+
+
+def test_a_state_that_is_damaged_or_none_is_refused_and_left_alone(tmp_path: Path) -> None:
+    run_small(small_settings(tmp_path, steps=2))
+    state = tmp_path / "state.safetensors"
+    for content, error, message in (
+        (state.read_bytes()[:-100], CheckpointError, "state.safetensors"),
+        ((tmp_path / "line.safetensors").read_bytes(), TrainingError, "is not the state of a run"),
+    ):
+        state.write_bytes(content)
+        with pytest.raises(error, match=message):
+            run_small(small_settings(tmp_path))
+        assert state.read_bytes() == content
+
+
 def test_the_log_shows_how_much_of_the_time_went_into_waiting_for_pictures(tmp_path: Path) -> None:
     run_small(small_settings(tmp_path))
     assert all(0 <= line["wait_fraction"] <= 1 for line in log_lines(tmp_path))
+
+
+def test_every_row_of_the_documented_table_has_its_test() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    section = text.split("## Never lose work")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
+    assert rows == list(ROWS)
+
+
+ROWS = {
+    "`kill -9`, a power cut": test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_unbroken_one,
+    "SIGTERM, Ctrl-C": test_the_command_ends_with_0_on_sigterm_and_says_how_to_continue,
+    "the disk is full at a save": test_a_full_disk_keeps_the_last_checkpoint_and_the_run_tries_again,
+    "the disk is still full at the end": test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint,
+    "a picture or a tar is damaged": test_damaged_pictures_and_tars_are_skipped_counted_and_named,
+    "no picture of a batch can be read": test_a_batch_of_which_nothing_can_be_read_is_replaced_alike,
+    "a loss or gradient is not a finite number": test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch,
+    'the same with `not_finite = "skip"`': test_such_an_update_is_left_out_and_counted_by_choice,
+    "20 such updates in a row": test_a_run_that_has_diverged_ends_even_so,
+    "settings differ from those the run was begun with": test_settings_that_may_change_are_named_and_used,
+    "`state.safetensors` is damaged or something else": (
+        test_a_state_that_is_damaged_or_none_is_refused_and_left_alone
+    ),
+}
