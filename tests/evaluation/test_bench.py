@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from triptych.apps.cli.bench import table
+from triptych.apps.cli.bench import put_table, table
 from triptych.apps.cli.main import app
 from triptych.evaluation import bench
 from triptych.evaluation.bench import Bench, Measured, Plan, run_bench
 from triptych.evaluation.floor import record_products, time_products
+from triptych.pipelines.speed import Speed
 
 PLAN = Plan(side=128, repeats=1, reduced=True)
 
@@ -76,6 +78,28 @@ def test_ratios_are_theirs_over_ours() -> None:
     assert case.above_floor() == 2.0
 
 
+def test_time_below_the_floor_does_not_count_without_bounds() -> None:
+    case = Measured({"triptych": 0.9, "diffusers": 1.5}, {"triptych": 0.0, "diffusers": 0.0}, floor=1.0)
+    assert case.above_floor() == pytest.approx(0.5 / 0.01)
+
+
+@pytest.mark.parametrize("switch", ["once", "fused", "share", "together"])
+def test_both_programs_answer_alike_without_a_switch(narrow: None, switch: str) -> None:
+    plan = replace(PLAN, loading=False, speed=replace(Speed(), **{switch: False}))
+    result = run_bench(plan, torch.device("cpu"), torch.float32, lambda text: None)
+    assert max(case.difference for case in result.cases.values()) < 1e-4
+    assert f"without {switch}." in table(result)
+
+
+def test_the_table_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench -->\nold\n<!-- end of bench -->\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        put_table(page, "| new |")
+    written = page.read_text(encoding="utf-8")
+    assert written == "before\n<!-- bench -->\n\n| new |\n\n<!-- end of bench -->\nafter\n"
+
+
 def test_the_command_prints_json_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -92,7 +116,13 @@ def test_the_command_prints_json_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--quick", "--full"], "opposite"), (["--size", "1000"], "multiple of 128")],
+    [
+        (["--quick", "--full"], "opposite"),
+        (["--size", "1000"], "multiple of 128"),
+        (["--without", "fusd"], "once, fused"),
+        (["--into", "README.md"], "no place for the table"),
+        (["--into", "absent.md"], "cannot be read"),
+    ],
 )
 def test_what_cannot_be_measured_is_said(arguments: list[str], sentence: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])

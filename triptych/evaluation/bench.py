@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -30,18 +30,21 @@ from triptych.checkpoints.convert import convert_file, layout_tensors
 from triptych.checkpoints.diffusers_config import model_config
 from triptych.checkpoints.files import PartInfo, write_part
 from triptych.checkpoints.load import config_fields, load_part
-from triptych.diffusion.denoiser import Branch, Denoiser, Guidance
+from triptych.diffusion.denoiser import BOTH, Denoised, Denoiser, Guidance
 from triptych.diffusion.samplers import sample_ddpm
 from triptych.diffusion.schedule import Schedule
 from triptych.errors import MissingExtra
 from triptych.evaluation.floor import record_products, time_products
+from triptych.models.scratch import Scratch
 from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB, StageBConfig
 from triptych.models.stage_c import STAGE_C, StageC, StageCConfig
+from triptych.pipelines.speed import Branches, Speed
 
 STEPS_C, STEPS_B = 20, 10  # of the pipeline that is put together from steps
 GUIDANCE = 4.0
 TEXT_TOKENS = 77
+FLOOR_PRECISION = 0.01
 
 Progress = Callable[[str], None]
 
@@ -56,6 +59,7 @@ class Plan:
     whole: bool = False
     compiled: bool = False
     loading: bool = True
+    speed: Speed = field(default_factory=Speed)  # our switches
     stage_c: str = "1b"
     stage_b: str = "700m"
 
@@ -74,10 +78,11 @@ class Measured:
         return self.seconds["diffusers"] / self.seconds["triptych"]
 
     def above_floor(self) -> float:
-        """Their time above the floor over ours; 1 where neither is measurably above it."""
-        ours = self.seconds["triptych"] - self.floor
-        theirs = self.seconds["diffusers"] - self.floor
-        return max(theirs, 0.0) / ours if ours > 0 else 1.0
+        """Their time above the floor over ours, neither less than a hundredth of the floor: it is not known
+        any better."""
+        least = FLOOR_PRECISION * self.floor
+        ours = max(self.seconds["triptych"] - self.floor, least)
+        return max(self.seconds["diffusers"] - self.floor, least) / ours
 
 
 @dataclass
@@ -118,11 +123,11 @@ def run_bench(plan: Plan, device: torch.device, dtype: torch.dtype, progress: Pr
         cases[name] = bench(plan, device, dtype, progress)
         gc.collect()
     progress("stage_a_decode")
-    cases["stage_a_decode"] = bench_stage_a(plan, device)
+    cases["stage_a_decode"] = bench_stage_a(plan, device, progress)
     cases["pipeline"] = compose(cases)
     if plan.loading:
         progress("loading")
-        cases["loading"] = bench_loading(plan, dtype)
+        cases["loading"] = bench_loading(plan, dtype, progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -175,14 +180,16 @@ def bench_network(
     """One stage, ours and theirs on the same weights (theirs are views of ours: one copy in memory)."""
     ours = random_network(build, config, x.device, dtype)
     theirs = build_theirs(import_theirs().unet, ours, part)
-    branches = len(cond["text_pooled"])
-    told = torch.full((branches,), 0.7, device=x.device)
-    doubled = torch.cat([x] * branches).to(dtype)
+    count = len(cond["text_pooled"])
+    told = torch.full((count,), 0.7, device=x.device)
+    doubled = torch.cat([x] * count).to(dtype)
+    branches = our_branches(ours, cond, dtype, steps, plan.speed)
+    progress(f"{part}: comparing outputs")
     with torch.no_grad():
-        answer = ours(doubled, told, **cond)
+        answer = torch.cat(list(branches(x, told[:1], BOTH[:count])))
         difference = compare(answer, theirs(**their_names({"x": doubled, "t": told, **cond})).sample)
     contenders = {
-        "triptych": our_steps(ours, x, cond, dtype, steps),
+        "triptych": our_steps(branches, x, count, steps),
         "diffusers": their_steps(theirs, x, cond, dtype, steps),
     }
     if plan.compiled:
@@ -191,24 +198,38 @@ def bench_network(
         contenders["diffusers compiled"] = their_steps(compiled, x, cond, dtype, steps)
         next(contenders["diffusers compiled"])
     progress(f"{part}: measuring")
-    measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device)
-    products = record_products(lambda: ours(doubled, told, **cond))
+    measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device, progress)
+    plain = Scratch(once=False, fused=False)
+    products = record_products(lambda: ours(doubled, told, **cond, scratch=plain))
     measured.floor = time_products(products, lambda: synchronise(x.device))
     measured.difference = difference
     return measured
 
 
-def our_steps(
-    network: nn.Module, x: Tensor, cond: dict[str, Tensor], dtype: torch.dtype, steps: int
-) -> Iterator[Any]:
-    def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> Sequence[Tensor]:
-        count = len(branches)
-        return network(torch.cat([x] * count).to(dtype), torch.cat([t] * count), **cond).float().chunk(count)
+def our_branches(
+    network: nn.Module, cond: dict[str, Tensor], dtype: torch.dtype, steps: int, speed: Speed
+) -> Branches:
+    """The network as the pipeline asks it, for one picture."""
 
-    guided = len(cond["text_pooled"]) == 2
-    denoise = Denoiser(predict, Schedule(), "eps", Guidance(GUIDANCE, rescale=0.0) if guided else None)
+    def answer(x: Tensor, t: Tensor, rows: slice, scratch: Scratch) -> Tensor:
+        asked = {name: value[rows] for name, value in cond.items()}
+        predicted: Tensor = network(x.to(dtype), t, **asked, scratch=scratch)
+        return predicted
+
+    _, logsnrs = Schedule().grid(steps)
+    return Branches(answer, speed, [float(Schedule().time(logsnr)) for logsnr in logsnrs[:-1]])
+
+
+def our_steps(branches: Branches, x: Tensor, count: int, steps: int) -> Iterator[Any]:
+    schedule = Schedule()
+    denoiser = Denoiser(branches, schedule, "eps", Guidance(GUIDANCE, rescale=0.0) if count == 2 else None)
+
+    def denoise(x: Tensor, logsnr: Tensor, t: float) -> Denoised:
+        branches.time = float(schedule.time(logsnr))
+        return denoiser(x, logsnr, t)
+
     while True:
-        yield from sample_ddpm(denoise, x, *Schedule().grid(steps), lambda index: torch.randn_like(x))
+        yield from sample_ddpm(denoise, x, *schedule.grid(steps), lambda index: torch.randn_like(x))
 
 
 def their_steps(
@@ -231,7 +252,7 @@ def their_steps(
             yield state
 
 
-def bench_stage_a(plan: Plan, device: torch.device) -> Measured:
+def bench_stage_a(plan: Plan, device: torch.device, progress: Progress) -> Measured:
     """Latents to pixels, in float32 as both programs do."""
     ours = random_network(StageA, STAGE_A["full"], device, torch.float32)
     theirs = build_theirs(import_theirs().vqgan, ours, "stage_a")
@@ -243,20 +264,21 @@ def bench_stage_a(plan: Plan, device: torch.device) -> Measured:
         while True:
             yield call()
 
+    fused = plan.speed.fused
     with torch.no_grad():
-        difference = compare(ours.decode(latents), theirs.decode(latents * scale).sample)
+        difference = compare(ours.decode(latents, fused), theirs.decode(latents * scale).sample)
     contenders = {
-        "triptych": forever(lambda: ours.decode(latents)),
+        "triptych": forever(lambda: ours.decode(latents, fused)),
         "diffusers": forever(lambda: theirs.decode(latents * scale).sample),
     }
-    measured = take_turns(contenders, plan.repeats, device)
-    products = record_products(lambda: ours.decode(latents))
+    measured = take_turns(contenders, plan.repeats, device, progress)
+    products = record_products(lambda: ours.decode(latents, fused=False))
     measured.floor = time_products(products, lambda: synchronise(device))
     measured.difference = difference
     return measured
 
 
-def bench_loading(plan: Plan, dtype: torch.dtype) -> Measured:
+def bench_loading(plan: Plan, dtype: torch.dtype, progress: Progress) -> Measured:
     """From a Stage C file to a network whose every number was read once."""
     config = stage_c_config(plan)
     with tempfile.TemporaryDirectory() as scratch:
@@ -276,25 +298,31 @@ def bench_loading(plan: Plan, dtype: torch.dtype) -> Measured:
             while True:
                 yield touched(unet.from_pretrained(theirs, torch_dtype=dtype))
 
-        return take_turns({"triptych": ours(), "diffusers": diffusers()}, plan.repeats, torch.device("cpu"))
+        contenders = {"triptych": ours(), "diffusers": diffusers()}
+        for contender in contenders.values():  # imports, and the file's way into memory
+            next(contender)
+        return take_turns(contenders, plan.repeats, torch.device("cpu"), progress)
 
 
 def touched(network: nn.Module) -> Tensor:
     return torch.stack([parameter.sum().float() for parameter in network.parameters()]).sum()
 
 
-def take_turns(contenders: dict[str, Iterator[Any]], repeats: int, device: torch.device) -> Measured:
-    """Seconds of one `next` of each contender, in turn, after one round that is not counted."""
+def take_turns(
+    contenders: dict[str, Iterator[Any]], repeats: int, device: torch.device, progress: Progress
+) -> Measured:
+    """Seconds of one `next` of each contender, in turn. Each has run once before."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.no_grad():
-        for turn in range(repeats + 1):
+        for turn in range(repeats):
             for name, contender in contenders.items():
                 synchronise(device)
                 start = time.perf_counter()
                 next(contender)
                 synchronise(device)
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
+            taken = ", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items())
+            progress(f"  {turn + 1} of {repeats}: {taken}")
     medians = {name: median(times) for name, times in seconds.items()}
     spread = {name: (max(times) - min(times)) / medians[name] for name, times in seconds.items()}
     return Measured(medians, spread)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from triptych.errors import RequestError
 
 if TYPE_CHECKING:
     from triptych.evaluation.bench import Bench, Measured
+    from triptych.pipelines.speed import Speed
 
 HELP = """Measure speed against diffusers: same weights, inputs, precision and threads, in turn.
 
@@ -24,9 +27,16 @@ Examples:
 
   triptych bench --compiled --full
 
+  triptych bench --quick --without fused --without once
+
+  triptych bench --into docs/performance.md
+
 Networks have random weights at full size (1B and 700M), so nothing is downloaded. A ratio of 1.2 means that
 diffusers takes 1.2 times as long; the floor is the matrix products and attention alone. --quick lowers the
-depth of the networks, --full runs every step of the pipeline. Needs diffusers (the extra `test`).
+depth of the networks, --full runs every step of the pipeline. Among what makes triptych faster, --without
+switches off `once` (conditions are read once per picture), `fused` (blocks work in place, in spans), `share`
+(branches of guidance share what is equal) or `together` (both branches in one batch). --into writes the
+table between the marks <!-- bench --> and <!-- end of bench --> of a page. Needs diffusers (extra `test`).
 """
 
 QUICK_SIDE = 512
@@ -44,7 +54,11 @@ def bench(
     device: Annotated[str, Option(help="auto, cuda, cuda:1, mps or cpu.")] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int | None, Option(min=1, help="Threads of the processor. [all]")] = None,
-    markdown: Annotated[bool, Option("--markdown", help="Print the table of docs/performance.md.")] = False,
+    without: Annotated[
+        list[str] | None, Option(help="Switch off once, fused, share or together; may be repeated.")
+    ] = None,
+    into: Annotated[Path | None, Option(help="Put the table into this page, between its two marks.")] = None,
+    markdown: Annotated[bool, Option("--markdown", help="Print the table that --into writes.")] = False,
     json_output: Annotated[bool, Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     if quick and full:
@@ -56,17 +70,52 @@ def bench(
     side = size or (QUICK_SIDE if quick else 1024)
     if side % 128:
         raise RequestError(f"A side of {side} pixels cannot be measured; take a multiple of 128.")
-    plan = Plan(side, repeats, reduced=quick, whole=full, compiled=compiled, loading=not no_loading)
+    speed = switched_off(without or [])
+    if into is not None:
+        put_table(into, None)  # a page without marks is known before an hour of measuring, not after
+    plan = Plan(
+        side, repeats, reduced=quick, whole=full, compiled=compiled, loading=not no_loading, speed=speed
+    )
     with use_threads(threads):
         result = run_bench(
             plan, where, choose_dtype(dtype, where), lambda text: print(text, file=sys.stderr, flush=True)
         )
+    if into is not None:
+        put_table(into, table(result))
     if json_output:
         typer.echo(json.dumps(result.as_json(), indent=1))
     elif markdown:
         typer.echo(table(result))
     else:
         show(result)
+
+
+SWITCHES = ("once", "fused", "share", "together")
+MARKS = "<!-- bench -->\n", "<!-- end of bench -->\n"
+
+
+def switched_off(names: list[str]) -> Speed:
+    from triptych.pipelines.speed import Speed
+
+    for name in names:
+        if name not in SWITCHES:
+            raise RequestError(f'There is no switch "{name}"; choose from {", ".join(SWITCHES)}.')
+    return replace(Speed(), **dict.fromkeys(names, False))
+
+
+def put_table(page: Path, text: str | None) -> None:
+    """Replace what stands between the marks of a Markdown page; None only looks whether they are there."""
+    try:
+        whole = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{page} cannot be read: {error.strerror}.") from None
+    start, end = (whole.find(mark) for mark in MARKS)
+    if start < 0 or end < start:
+        raise RequestError(
+            f"{page} has no place for the table; write {MARKS[0].strip()} and {MARKS[1].strip()}."
+        )
+    if text is not None:
+        page.write_text(f"{whole[:start]}{MARKS[0]}\n{text}\n\n{whole[end:]}", encoding="utf-8")
 
 
 COLUMNS = ("what", "triptych", "diffusers", "ratio", "floor", "above the floor", "outputs differ by")
@@ -102,7 +151,9 @@ def table(result: Bench) -> str:
 def describe(result: Bench) -> str:
     depth = "at reduced depth" if result.plan.reduced else "whole"
     side = result.plan.side
-    return f"Stage C {result.plan.stage_c} and Stage B {result.plan.stage_b}, {depth}, {side}x{side}"
+    off = [name for name in SWITCHES if not getattr(result.plan.speed, name)]
+    without = f", without {', '.join(off)}" if off else ""
+    return f"Stage C {result.plan.stage_c} and Stage B {result.plan.stage_b}, {depth}, {side}x{side}{without}"
 
 
 def show(result: Bench) -> None:
