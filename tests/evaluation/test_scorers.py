@@ -121,9 +121,11 @@ def test_clipscore_equals_torchmetrics(judges: tuple[nn.Module, Path], pictures:
         return model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
 
     # Newer transformers wrap both in objects that torchmetrics does not expect.
-    config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=77))
     theirs_model = SimpleNamespace(
-        get_image_features=image_features, get_text_features=text_features, config=config
+        get_image_features=image_features,
+        get_text_features=text_features,
+        config=SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=77)),
+        to=lambda device: theirs_model,
     )
     arrays = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pictures]
     with torch.no_grad():

@@ -74,7 +74,7 @@ def bar_chart(title: str, bars: Sequence[Bar], reference: str) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One system: seconds a picture, and its quality with interval, as shares."""
+    """One system: seconds a picture, and its quality with interval, more being better."""
 
     name: str
     seconds: float
@@ -90,25 +90,28 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def pareto_plot(title: str, points: Sequence[Point], measure: str) -> str:
-    """Quality upwards, seconds a picture to the right on a logarithmic axis; a line joins the front."""
+def pareto_plot(title: str, points: Sequence[Point], measure: str, share: bool = True) -> str:
+    """Quality upwards, seconds a picture to the right on a logarithmic axis; a line joins the front.
+
+    `share` says that quality is a share in [0,1], told in per cent.
+    """
     left, right, top, bottom = 64, 620, 48, 330
     times = [max(point.seconds, 1e-4) for point in points]
     first, last = math.log10(min(times)) - 0.15, math.log10(max(times)) + 0.25
-    highest = min(1.0, max(point.quality.high for point in points) * 1.08 + 0.01)
-    lowest = max(0.0, min(point.quality.low for point in points) * 0.92 - 0.01)
+    lowest, highest = _quality_range(points, share)
 
     def x(seconds: float) -> float:
         return round(left + (right - left) * (math.log10(max(seconds, 1e-4)) - first) / (last - first), 1)
 
-    def y(share: float) -> float:
-        return round(bottom - (bottom - top) * (share - lowest) / (highest - lowest), 1)
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - lowest) / (highest - lowest), 1)
 
     parts = [_head(right + 40, bottom + 56, title), _text(16, 26, title, 17, weight=600)]
     for number in range(5):
-        share = lowest + (highest - lowest) * number / 4
-        parts.append(_line(left, y(share), right, y(share), "#e6e2d8", 1))
-        parts.append(_text(left - 8, y(share) + 4, f"{100 * share:.0f} %", 11, QUIET, anchor="end"))
+        value = lowest + (highest - lowest) * number / 4
+        told = f"{100 * value:.0f} %" if share else f"{value:.3g}"
+        parts.append(_line(left, y(value), right, y(value), "#e6e2d8", 1))
+        parts.append(_text(left - 8, y(value) + 4, told, 11, QUIET, anchor="end"))
     for seconds in _ticks(10**first, 10**last):
         parts.append(_line(x(seconds), bottom, x(seconds), bottom + 5, INK, 1))
         parts.append(_text(x(seconds), bottom + 19, f"{seconds:g} s", 11, QUIET, anchor="middle"))
@@ -117,17 +120,51 @@ def pareto_plot(title: str, points: Sequence[Point], measure: str) -> str:
     path = " ".join(f"{x(p.seconds)},{y(p.quality.value)}" for p in front)
     parts.append(f'<polyline points="{path}" fill="none" stroke="{WIN}" stroke-width="2" opacity="0.6"/>')
     names = {point.name for point in front}
-    for point in points:
+    places = _label_places([(x(p.seconds), y(p.quality.value), p.name) for p in points], top, right)
+    for point, (text_x, text_y, anchor) in zip(points, places, strict=True):
         colour, at, level = (WIN if point.name in names else LOSS), x(point.seconds), y(point.quality.value)
-        parts.append(_line(at, y(point.quality.low), at, y(point.quality.high), colour, 1.5))
+        parts.append(_line(at, y(point.quality.low), at, y(point.quality.high), colour, 1.5, opacity=0.5))
         parts.append(f'<circle cx="{at}" cy="{level}" r="5" fill="{colour}"/>')
-        late = at > (left + right) / 2 + 100
-        parts.append(
-            _text(at + (-9 if late else 9), level - 8, point.name, 12, anchor="end" if late else "start")
-        )
+        parts.append(_text(text_x, text_y, point.name, 12, anchor=anchor))
     note = f"{measure}, with 95 % interval, against median seconds a picture; green: none is better in both"
     parts.append(_text(16, bottom + 46, note, 11, QUIET))
     return "\n".join([*parts, "</svg>"])
+
+
+def _quality_range(points: Sequence[Point], share: bool) -> tuple[float, float]:
+    """The ends of the quality axis, a little beyond all intervals."""
+    low, high = min(p.quality.low for p in points), max(p.quality.high for p in points)
+    room = 0.08 * (high - low) + (0.01 if share else 1e-3 * max(abs(low), abs(high), 1e-6))
+    return (max(0.0, low - room), min(1.0, high + room)) if share else (low - room, high + room)
+
+
+def _label_places(
+    points: Sequence[tuple[float, float, str]], top: float, right: float
+) -> list[tuple[float, float, str]]:
+    """Where each point's name stands: x, y and anchor, beside its point and clear of the names before it."""
+    taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    places = []
+    for x, y, name in points:
+        width = 6.6 * len(name)
+        found = None
+        for shift in (-8, 16, -22, 30, -36, 44):
+            for start, anchor in ((x + 9, "start"), (x - 9, "end")):
+                first = start if anchor == "start" else start - width
+                box = (first, y + shift - 10, first + width, y + shift + 2)
+                inside = first > 66 and first + width < right + 38 and box[1] > top - 12
+                if inside and not any(_overlaps(box, other) for other in taken):
+                    found = (start, y + shift, anchor, box)
+                    break
+            if found:
+                break
+        start, level, anchor, box = found or (x + 9, y - 8, "start", (x, y, x, y))
+        taken.append(box)
+        places.append((start, level, anchor))
+    return places
+
+
+def _overlaps(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -156,8 +193,18 @@ def _box(x: float, y: float, width: float, height: float, colour: str) -> str:
     return f'<rect x="{x:g}" y="{y:g}" width="{width:.1f}" height="{height:g}" fill="{colour}"/>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, dashes: str = "") -> str:
+def _line(
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    colour: str,
+    width: float,
+    dashes: str = "",
+    opacity: float = 1,
+) -> str:
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    dashed += f' opacity="{opacity:g}"' if opacity < 1 else ""
     ends = f'x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width:g}"{dashed}/>'
 

@@ -4,6 +4,7 @@
     OUT/pictures/SYSTEM/*.png       00012-1000012.png: prompt 12, seed 1000012; settings inside
     OUT/records/SYSTEM/RANK.jsonl   a line a picture: when it was made, how long it took, memory
     OUT/index.html                  contact sheet, once all pictures are there
+    OUT/results.jsonl               a line a picture: seconds, memory, what judges said (and results.parquet)
 
 Running again goes on where it stopped. Under torchrun each process takes every WORLD_SIZE-th group of
 tasks; groups do not depend on the number of processes, so neither do the pictures. The picture of prompt i
@@ -98,7 +99,7 @@ def record_study(study: Study, out: Path) -> None:
         "name": study.settings.name,
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "torch": torch.__version__,
-        "settings": study.settings.model_dump(mode="json", exclude={"out", "name"}),
+        "settings": study.settings.model_dump(mode="json", exclude={"out", "name", "judge_weights"}),
         "systems": {system.name: system.describe() for system in study.systems},
         "prompts": [prompt.as_json() for prompt in study.prompts],
     }

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from triptych.errors import DataError, nearest
+from triptych.evaluation.objects import object_prompts
 from triptych.evaluation.structured import structured_prompts
 
 SHAPES_SETS = ("shapes_single", "shapes_pairs", "shapes_heldout")
 ICONS_SET = "icons_100"
 FULL_SHAPES, FULL_ICONS = "shapes_val", "icons_val"
-PARTI, AESTHETIC, STRUCTURED = "parti", "aesthetic", "structured"
-NAMED_SETS = (PARTI, AESTHETIC, STRUCTURED, *SHAPES_SETS, ICONS_SET)
+PARTI, AESTHETIC, STRUCTURED, OBJECTS = "parti", "aesthetic", "structured", "objects"
+NAMED_SETS = (PARTI, AESTHETIC, STRUCTURED, OBJECTS, *SHAPES_SETS, ICONS_SET)
 FILE_KINDS = (".txt", ".tsv", ".jsonl")
 
 
@@ -82,7 +83,7 @@ class StudyPrompt:
     """A prompt that several systems are to draw.
 
     `truth` is what a judge needs, where the prompt has one: "objects", "relations" and "background" for the
-    shapes judge, "concept" for the icon judge.
+    shapes judge, "concept" for the icon judge, "include" and "exclude" for a detector.
     """
 
     prompt: str
@@ -99,10 +100,11 @@ def study_prompts(source: str, count: int | None = None) -> list[StudyPrompt]:
     """The prompts of a named set or of a file, all or `count` of them.
 
     Named sets: "parti" (PartiPrompts, 1,632 with category and challenge), "aesthetic" (100 of our own),
-    "structured" (counting, colours, position, binding of shapes), and the sets of `triptych evaluate`.
-    Files: .txt (one prompt a line), .tsv (a header with a column Prompt, if wanted Category and Challenge)
-    and .jsonl (objects with "prompt", if wanted "category", "challenge" and "truth"). `count` takes prompts
-    at even distances from the list sorted by category, so that each has its share. Raises DataError.
+    "structured" (counting, colours, position, binding of shapes), "objects" (the same of everyday things),
+    and the sets of `triptych evaluate`. Files: .txt (one prompt a line), .tsv (a header with a column Prompt,
+    if wanted Category and Challenge) and .jsonl (objects with "prompt", if wanted "category", "challenge" and
+    "truth"; GenEval's "tag", "include" and "exclude" are understood). `count` takes prompts at even distances
+    from the list sorted by category, so that each has its share. Raises DataError.
     """
     prompts = _named(source) if source in NAMED_SETS else _from_file(Path(source))
     if not prompts:
@@ -118,6 +120,8 @@ def _named(name: str) -> list[StudyPrompt]:
     if name in (PARTI, AESTHETIC):
         text = (files("triptych.evaluation") / "prompt_sets" / f"{name}.tsv").read_text(encoding="utf-8")
         return _from_table(text, name, name)
+    if name == OBJECTS:
+        return [StudyPrompt(r["prompt"], r["kind"], "", name, r["truth"]) for r in object_prompts()]
     if name == STRUCTURED:
         return [_with_truth(row, row["kind"], name) for row in structured_prompts()]
     return [_with_truth(row, row.get("kind") or row.get("style", ""), name) for row in _rows(name)]
@@ -166,7 +170,6 @@ def _from_line(line: str, path: Path, number: int) -> StudyPrompt:
         prompt = row["prompt"]
     except (ValueError, KeyError, TypeError):
         raise DataError(f'{path}, line {number}: an object with a "prompt" was expected.') from None
-    truth = row.get("truth", {})
-    return StudyPrompt(
-        str(prompt), str(row.get("category", "")), str(row.get("challenge", "")), path.stem, truth
-    )
+    truth = row.get("truth") or {key: row[key] for key in ("include", "exclude") if row.get(key)}
+    category = str(row.get("category", row.get("tag", "")))
+    return StudyPrompt(str(prompt), category, str(row.get("challenge", "")), path.stem, truth)

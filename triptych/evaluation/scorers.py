@@ -65,8 +65,9 @@ class ClipPair:
             self.network: Any = CLIPModel(CLIPConfig.from_dict(json.loads(config.read_text("utf-8"))))
         take(self.network, tensors, path)
         self.device = _ready(self.network)
-        self.side = int(self.network.config.vision_config.image_size)
-        self.window = int(self.network.config.text_config.max_position_embeddings)
+        sizes: Any = self.network.config
+        self.side = int(sizes.vision_config.image_size)
+        self.window = int(sizes.text_config.max_position_embeddings)
 
     def images(self, images: Sequence[Image.Image], fit: Callable[..., Image.Image]) -> Tensor:
         """Unit embeddings (N,D) of pictures."""

@@ -12,7 +12,8 @@ from urllib.parse import quote
 from triptych.evaluation.charts import Point, pareto_plot
 from triptych.evaluation.compare import read_json, read_records, stored_prompts
 from triptych.evaluation.metrics import Estimate
-from triptych.evaluation.scores import QUALITY, Standing
+from triptych.evaluation.scores import Standing
+from triptych.evaluation.verdicts import QUALITY
 from triptych.images import replace
 
 STYLE = """
@@ -44,14 +45,22 @@ def write_sheet(out: Path, found: Sequence[Standing]) -> Path:
     study = read_json(out / "study.json")
     title = study["name"] or "Comparison"
     parts = [f"<h1>{escape(title)}</h1>", systems_table(found), *measure_tables(found)]
-    plot = quality_plot(found)
-    if plot:
-        replace(out / "pareto.svg", (plot + "\n").encode())
-        parts.append(plot)
+    parts += write_plots(out, found).values()
     parts += ["<h2>Pictures</h2>", *_rows(out)]
     path = out / "index.html"
     replace(path, page(title, "\n".join(parts)).encode())
     return path
+
+
+def write_plots(folder: Path, found: Sequence[Standing]) -> dict[str, str]:
+    """Write FOLDER/pareto.svg and, for every judge, FOLDER/pareto-NAME.svg; the plots by file name."""
+    plots = {"pareto.svg": quality_plot(found)}
+    for name in dict.fromkeys(name for one in found for name in one.scores):
+        plots[f"pareto-{name}.svg"] = score_plot(found, name)
+    plots = {file: plot for file, plot in plots.items() if plot}
+    for file, plot in plots.items():
+        replace(folder / file, (plot + "\n").encode())
+    return plots
 
 
 def systems_table(found: Sequence[Standing]) -> str:
@@ -72,7 +81,10 @@ def systems_table(found: Sequence[Standing]) -> str:
 
 def measure_tables(found: Sequence[Standing]) -> list[str]:
     """What the judges say, for all prompts and by category; nothing when nothing was judged."""
-    judged = [one for one in found if one.measures]
+    return [*_shares_tables([one for one in found if one.measures]), *_scores_table(found)]
+
+
+def _shares_tables(judged: Sequence[Standing]) -> list[str]:
     if not judged:
         return []
     names = list(dict.fromkeys(name for one in judged for name in one.measures))
@@ -91,6 +103,37 @@ def measure_tables(found: Sequence[Standing]) -> list[str]:
     return tables
 
 
+def _scores_table(found: Sequence[Standing]) -> list[str]:
+    """Means of the judges' numbers, and how far each system is ahead of the first."""
+    scored = [one for one in found if one.scores]
+    if not scored:
+        return []
+    names = list(dict.fromkeys(name for one in scored for name in one.scores))
+    first = scored[0].name
+    head = "".join(f"<th>{escape(n)}</th><th>ahead of {escape(first)}</th>" for n in names)
+    rows = [f"<h2>Judges' numbers</h2>\n<table><tr><th>system</th>{head}</tr>"]
+    for one in scored:
+        cells = []
+        for name in names:
+            cells += [mean(one.scores.get(name)), score_difference(one.scores_ahead.get(name))]
+        rows.append(_row(one.name, cells))
+    return ["\n".join([*rows, "</table>"])]
+
+
+def mean(estimate: Estimate | None) -> str:
+    """ "21.4 ± 0.3"; empty when there is nothing."""
+    if estimate is None or estimate.count == 0:
+        return ""
+    return f"{estimate.value:.4g} ± {(estimate.high - estimate.low) / 2:.2g}"
+
+
+def score_difference(ahead: Estimate | None) -> str:
+    """ "+0.31 ± 0.12" in the judge's own unit; empty when there is nothing to compare with."""
+    if ahead is None or ahead.count == 0:
+        return ""
+    return f"{ahead.value:+.3g} ± {(ahead.high - ahead.low) / 2:.2g}"
+
+
 def difference(ahead: Estimate | None) -> str:
     """ "+3.1 ± 1.2" in points of a hundred; empty when there is nothing to compare with."""
     if ahead is None or ahead.count == 0:
@@ -102,6 +145,16 @@ def quality_plot(found: Sequence[Standing]) -> str:
     """The Pareto plot, empty for fewer than two judged systems."""
     points = [Point(one.name, one.seconds, one.measures[QUALITY]) for one in found if QUALITY in one.measures]
     return pareto_plot("Quality and speed", points, f"share {QUALITY}") if len(points) > 1 else ""
+
+
+def score_plot(found: Sequence[Standing], name: str) -> str:
+    """The Pareto plot of one judge's mean, empty for fewer than two systems that it judged."""
+    points = [
+        Point(one.name, one.seconds, one.scores[name])
+        for one in found
+        if name in one.scores and one.scores[name].count
+    ]
+    return pareto_plot(f"{name} and speed", points, f"mean {name}", share=False) if len(points) > 1 else ""
 
 
 def _rows(out: Path) -> list[str]:

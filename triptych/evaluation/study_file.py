@@ -21,6 +21,9 @@
     name = "last year"
     folder = "pictures"
 
+`judges = ["clipscore", "detector"]` with `judge_weights = "weights"` has every picture judged by networks
+whose files lie in weights/clipscore and weights/detector.
+
 The first system is the one that the others are compared with. `{here}` stands for the folder of the file.
 """
 
@@ -63,6 +66,10 @@ class StudySettings(BaseModel):
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="pictures of each prompt")
     size: Size | None = Field(None, description="of the triptych and diffusers systems that state none")
     device: str = Field("auto", description="of the systems that state none")
+    judges: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
+        (), description="published judges of the pictures (clipscore, hps, ...), and detector"
+    )
+    judge_weights: str = Field("", description="folder with a folder of weights for every judge")
 
 
 class Study:
