@@ -186,7 +186,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint(tmp_path: 
     assert same_state(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_naming_the_batch(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         run_small(small_settings(tmp_path), spoilt_steps=[4])
     names = [f"sample {sample}" for sample in small_task(small_settings(tmp_path)).order.plan(4).samples]
@@ -295,7 +295,7 @@ ROWS = {
     "the disk is still full at the end": test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint,
     "a picture or a tar is damaged": test_damaged_pictures_and_tars_are_skipped_counted_and_named,
     "no picture of a batch can be read": test_a_batch_of_which_nothing_can_be_read_is_replaced_alike,
-    "a loss or gradient is not a finite number": test_a_loss_that_is_no_number_ends_the_run_and_names_the_batch,
+    "a loss or gradient is not a finite number": test_a_loss_that_is_no_number_ends_the_run_naming_the_batch,
     'the same with `not_finite = "skip"`': test_such_an_update_is_left_out_and_counted_by_choice,
     "20 such updates in a row": test_a_run_that_has_diverged_ends_even_so,
     "settings differ from those the run was begun with": test_settings_that_may_change_are_named_and_used,
