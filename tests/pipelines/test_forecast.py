@@ -14,8 +14,9 @@ from tests.tiny_cascade import write_tiny_cascade
 from triptych.apps.cli.main import app
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
-from triptych.pipelines.capacity import Need, Plan, peak
+from triptych.pipelines.capacity import Plan, peak
 from triptych.pipelines.forecast import count_operations, forecast
+from triptych.pipelines.needs import Need
 
 CPU = torch.device("cpu")
 
@@ -53,8 +54,12 @@ def test_published_models_are_foretold_without_their_files() -> None:
     assert not tight.plan.keep
     assert tight.peak <= 6e9
     assert "streamed" in tight.plan.weights.values()
+    rounded = forecast("cascade", CPU, torch.float32, free=6 * 2**30, speed=1e11, int8=None)
+    assert rounded.plan is not None
+    assert rounded.plan.weights["stage_c"] == "int8"
     none = forecast("cascade", CPU, torch.float32, free=10**8, speed=1e11)
     assert none.plan is None
+    assert 10**8 < none.peak < 3 * 2**30
 
 
 def test_a_model_on_disk_is_counted_from_its_files(tmp_path: Path) -> None:
@@ -69,8 +74,8 @@ def test_the_peak_of_a_plan_is_its_fullest_stage() -> None:
     needs = [Need("a", 100, 200, 10, 5, 1000), Need("b", 50, 100, 10, 5, 3000)]
     together = Plan({"a": "resident", "b": "resident"}, keep=True)
     apart = Plan({"a": "resident", "b": "streamed"}, keep=False)
-    assert peak(needs, together, 4) == 150 * 4 + 3000
-    assert peak(needs, apart, 4) == 15 * 4 + 3000
+    assert peak(needs, together) == 150 * 4 + 3000
+    assert peak(needs, apart) == 15 * 4 + 3000
 
 
 def test_the_command_tells_machine_models_and_extras(tmp_path: Path) -> None:

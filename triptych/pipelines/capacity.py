@@ -1,53 +1,26 @@
-"""How much memory a generation needs, how much there is, and what to do about it, before anything is loaded.
-
-Weights are counted exactly, from the headers of their files. Working memory is estimated from the widths of
-the networks: the widest moment of a trunk is the inside of a convolution block on its outermost level,
-where a map of 4 x width channels stands a few times beside the stored outputs of the levels.
-"""
+"""Which plan fits the memory there is: where weights live, and in how large tiles pictures are decoded."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from triptych.checkpoints.headers import Header
 from triptych.errors import CapacityError
-from triptych.models.stage_a import StageAConfig
-from triptych.models.trunk import TrunkConfig
+from triptych.models.scratch import LIMIT
+from triptych.pipelines.needs import Need
 from triptych.pipelines.placement import Weights
+from triptych.pipelines.tiles import Tile
 
 HEADROOM = 0.9  # of what is free; allocators and libraries take the rest
-MAPS_INSIDE = 3  # copies of the 4 x width map alive inside a convolution block
-GUIDED = 2  # both branches of guidance run as one batch
-
-_BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.\d+|\blayers\.\d+)\.")
-
-
-@dataclass(frozen=True)
-class Need:
-    """What one stage asks for: weights (counted) and working memory (estimated)."""
-
-    stage: str
-    numbers: int  # parameters and buffers
-    stored: int  # bytes of the weights as the file holds them
-    block: int  # numbers of the largest block, outside of which `rest` are always resident
-    rest: int
-    working: int  # bytes beside the weights
-
-    def bytes(self, weights: Weights, item: int) -> int:
-        """Bytes on the device when the weights live so and compute in `item` bytes a number."""
-        if weights == "resident":
-            return self.numbers * item + self.working
-        wide = (self.rest + self.block) * item
-        return wide + self.working + (self.stored if weights == "narrow" else 0)
+KEPT_SHARE = 16  # of the room, at most one part in so many goes to results kept between steps
+TRUNKS = ("stage_c", "stage_b")
 
 
 @dataclass(frozen=True)
@@ -56,87 +29,113 @@ class Plan:
 
     weights: dict[str, Weights]
     keep: bool
+    tile: Tile | None = None  # of Stage A; None decodes pictures whole
+    kept_bytes: int = LIMIT  # of results kept between steps, at most
+
+    @property
+    def int8(self) -> bool:
+        """Whether any weights are rounded."""
+        return "int8" in self.weights.values()
 
 
-def measure(stage: str, shapes: Mapping[str, tuple[int, ...]], header: Header, working: int) -> Need:
-    """The need of a stage with tensors of these shapes, stored as the file of `header` stores numbers."""
-    kept = [(entry.end - entry.start, math.prod(entry.shape)) for entry in header.entries.values()]
-    per_number = sum(size for size, _ in kept) / max(1, sum(count for _, count in kept))
-    return need_of(stage, shapes, per_number, working)
-
-
-def need_of(stage: str, shapes: Mapping[str, tuple[int, ...]], per_number: float, working: int) -> Need:
-    """The need of a stage whose file holds `per_number` bytes for each number."""
-    blocks: defaultdict[str, int] = defaultdict(int)
-    numbers = 0
-    for name, shape in shapes.items():
-        count = math.prod(shape)
-        numbers += count
-        match = _BLOCK.search(name)
-        if match:
-            blocks[match[1]] += count
-    inside = sum(blocks.values())
-    largest = max(blocks.values(), default=0)
-    return Need(stage, numbers, round(numbers * per_number), largest, numbers - inside, working)
-
-
-def text_working(shapes: Mapping[str, tuple[int, ...]], item: int) -> int:
-    """Bytes a text tower works in: a few windows of at most 77 tokens, in maps four times its width."""
-    widest = max(shape[-1] for shape in shapes.values() if shape)
-    return 8 * 77 * 4 * widest * item
-
-
-def trunk_working(config: TrunkConfig, height: int, width: int, pictures: int, item: int) -> int:
-    """Bytes a trunk works in, for latents of `height` x `width` and guidance on."""
-    positions = GUIDED * pictures * (height // config.patch) * (width // config.patch)
-    widest = config.widths[0] * (4 * MAPS_INSIDE + 4)
-    deep = 0  # a level's map is at most as large as the outermost one
-    for level, channels in enumerate(config.widths):
-        deep += channels // (4**level if config.patch > 1 else 1)
-    return positions * (widest + deep) * item
-
-
-def decode_working(config: StageAConfig, height: int, width: int) -> int:
-    """Bytes Stage A works in to decode one picture of `height` x `width` pixels, in float32."""
-    outermost = config.width // 2 ** (config.levels - 1)
-    return (height // 2) * (width // 2) * outermost * (4 * MAPS_INSIDE + 4) * 4
-
-
-def plan(needs: Iterable[Need], item: int, free: int, low_memory: bool = False) -> Plan | None:
-    """The fastest plan that fits `free` bytes, None when there is none.
+def plan(
+    needs: Iterable[Need],
+    room: int,
+    low_memory: bool = False,
+    int8: bool | None = False,
+    several: bool = False,
+) -> Plan | None:
+    """The fastest plan that fits `room` bytes, None when there is none.
 
     Everything resident and kept, if it fits together; else each stage alone, in the first place that fits.
+    low_memory: all weights stay on disk. int8: True rounds the trunks' weights in any case, None only where
+    they would have to be streamed otherwise, False never. several: batches follow each other, so Stage B
+    stays while Stage A decodes.
     """
     needs = list(needs)
-    room = int(free * HEADROOM)
-    together = Plan({need.stage: "resident" for need in needs}, keep=True)
-    if not low_memory and peak(needs, together, item) <= room:
+    kept = min(LIMIT, room // KEPT_SHARE)
+    if low_memory:
+        trunks = [need.bytes("streamed") + kept for need in needs if need.stage in TRUNKS]
+        enough = min(room, max(least(needs), *trunks))  # larger tiles would only raise the peak
+        fitting = (_fit(needs, enough, ("streamed",), ("streamed",), most, several) for most in (kept, 0))
+        return next((found for found in fitting if found is not None), None)
+    if int8:
+        return _fit(needs, room, ("int8",), ("resident", "narrow", "streamed"), kept, several)
+    together = Plan({need.stage: "resident" for need in needs}, keep=True, kept_bytes=kept)
+    if peak(needs, together) <= room:
         return together
-    places: tuple[Weights, ...] = ("streamed",) if low_memory else ("resident", "narrow", "streamed")
+    exact: tuple[Weights, ...] = ("resident", "narrow")
+    chosen = _fit(needs, room, exact, (*exact, "streamed"), kept, several)
+    if chosen is None and int8 is None:
+        chosen = _fit(needs, room, ("int8",), (*exact, "streamed"), kept, several)
+    for most in (kept, 0):
+        chosen = chosen or _fit(needs, room, (*exact, "streamed"), (*exact, "streamed"), most, several)
+    return chosen
+
+
+def _fit(
+    needs: Sequence[Need],
+    room: int,
+    of_trunks: tuple[Weights, ...],
+    of_others: tuple[Weights, ...],
+    kept: int,
+    several: bool,
+) -> Plan | None:
+    """Each stage alone in the first of the places that fits, Stage A in the largest tile that does."""
     chosen: dict[str, Weights] = {}
+    tile: Tile | None = None
+    beside = 0
     for need in needs:
-        fitting = [weights for weights in places if need.bytes(weights, item) <= room]
+        extra = kept if need.stage in TRUNKS else 0
+        places = of_trunks if need.stage in TRUNKS else of_others
+        fitting = [weights for weights in places if need.bytes(weights) + extra <= room]
+        if not fitting and need.tiles:
+            fitting = [*places[-1:]]
         if not fitting:
             return None
         chosen[need.stage] = fitting[0]
-    return Plan(chosen, keep=False)
+        if need.stage == "stage_b" and several:
+            beside = need.held(fitting[0])
+        if need.tiles or need.stage == "stage_a":
+            sizes: list[Tile | None] = [None, *(tile for tile, _ in need.tiles)]
+            smaller = [one for one in sizes if beside + need.bytes(fitting[0], one) <= room]
+            if not smaller:
+                return None
+            tile = smaller[0]
+    return Plan(chosen, keep=False, tile=tile, kept_bytes=kept)
 
 
-def peak(needs: Iterable[Need], chosen: Plan, item: int) -> int:
+def peak(needs: Iterable[Need], chosen: Plan, several: bool = False) -> int:
     """Bytes in use at the fullest moment of a plan."""
     needs = list(needs)
+    moments = {}
+    for need in needs:
+        tile = chosen.tile if need.tiles else None
+        extra = chosen.kept_bytes if need.stage in TRUNKS else 0
+        moments[need.stage] = need.bytes(chosen.weights[need.stage], tile) + extra
+    held = {need.stage: need.held(chosen.weights[need.stage]) for need in needs}
     if chosen.keep:
-        return sum(need.numbers * item for need in needs) + max(need.working for need in needs)
-    return max(need.bytes(chosen.weights[need.stage], item) for need in needs)
+        return sum(held.values()) + max(moments[stage] - held[stage] for stage in moments)
+    if several and "stage_b" in held and "stage_a" in moments:
+        moments["stage_a"] += held["stage_b"]
+    return max(moments.values())
 
 
-def refusal(needs: Iterable[Need], item: int, free: int, device: str, advice: str) -> CapacityError:
+def least(needs: Iterable[Need]) -> int:
+    """Bytes below which there is no plan: weights on disk, the smallest tile, nothing kept between steps."""
+    return max(
+        min(need.bytes("streamed", tile) for tile in (None, *(tile for tile, _ in need.tiles)))
+        for need in needs
+    )
+
+
+def refusal(needs: Iterable[Need], free: int, device: str, advice: str) -> CapacityError:
     """The error for needs that no plan meets: the largest stage, what is free, what would fit."""
-    worst = max(needs, key=lambda need: need.bytes("streamed", item))
-    smallest = worst.bytes("streamed", item)
+    needs = list(needs)
+    worst = max(needs, key=lambda need: least([need]))
     return CapacityError(
-        f"Not enough memory: {worst.stage} needs about {gigabytes(smallest)} even with its weights left on "
-        f"disk, and {gigabytes(free)} are free on {device}. {advice}"
+        f"Not enough memory: {worst.stage} needs at least {gigabytes(least(needs))}, even with its "
+        f"weights left on disk, and {gigabytes(free)} can be used on {device}. {advice}"
     )
 
 
@@ -154,6 +153,28 @@ def free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     limits = [_system_memory(), _group_memory(), _process_memory()]
     return min(limit for limit in limits if limit is not None)
+
+
+def room_on(device: torch.device, limit: int | None = None) -> int:
+    """Bytes that pictures may take: most of what is free, and no more than the process's `limit` leaves."""
+    free = int(free_memory(device) * HEADROOM)
+    if limit is None:
+        return free
+    return min(free, limit - (empty_process() if device.type == "cpu" else 0))
+
+
+@lru_cache(maxsize=1)
+def empty_process() -> int:
+    """Private bytes that the process held when this was first asked, before any weights were there."""
+    return private_memory()
+
+
+def private_memory() -> int:
+    """Bytes of this process that no file backs; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        found = re.search(r"^RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def _system_memory() -> int:

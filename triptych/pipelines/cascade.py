@@ -354,8 +354,8 @@ class Cascade:
         """Check a request and what came with it, and plan it; nothing has run when this returns."""
         request = self.resolve(request, brought)
         self._check_inputs(request, inputs, brought)
-        self._arrange([request])
-        return Run(self.parts, request, inputs, brought).events()
+        int8 = self._arrange([request])
+        return Run(self.parts, request.replaced(int8=int8), inputs, brought).events()
 
     def runs(self, requests: Sequence[Request]) -> list[Run]:
         """Requests that wear the same LoRAs, checked and planned together, to be carried out stage by stage
@@ -367,14 +367,18 @@ class Cascade:
             inputs = with_latents(NOTHING, request, self._pixels_per_latent())
             self._check_inputs(request, inputs, brought)
             runs.append(Run(self.parts, request, inputs, brought))
-        self._arrange([run.request for run in runs])
+        int8 = self._arrange([run.request for run in runs])
+        for run in runs:
+            run.request = run.request.replaced(int8=int8)
         return runs
 
-    def _arrange(self, requests: Sequence[Request]) -> None:
-        """Settle where weights live for requests that are carried out together."""
+    def _arrange(self, requests: Sequence[Request]) -> bool | None:
+        """Settle where weights live for requests that are carried out together; returns whether some are
+        rounded to int8, which their pictures tell."""
         chosen = plan_requests(self.parts, requests)
+        self.parts.arrange(chosen)
         self.parts.wear(requests[0].lora)
-        self.parts.weights, self.parts.keep = chosen.weights, chosen.keep
+        return True if chosen.int8 else requests[0].int8
 
     def _check_inputs(self, request: Request, inputs: Inputs, brought: Sequence[Brought]) -> None:
         """Raise RequestError unless the inputs belong to pictures of this number and size, CheckpointError

@@ -17,16 +17,9 @@ from triptych.checkpoints.catalog import PUBLISHED, PUBLISHED_SETTINGS, TOWER_PA
 from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB, StageBConfig
 from triptych.models.stage_c import STAGE_C, StageC, StageCConfig
-from triptych.pipelines.capacity import (
-    Need,
-    Plan,
-    decode_working,
-    need_of,
-    peak,
-    plan,
-    trunk_working,
-)
+from triptych.pipelines.capacity import Plan, least, peak, plan
 from triptych.pipelines.cascade import Cascade
+from triptych.pipelines.needs import Need, decode_tiles, decode_working, need_of, trunk_working
 from triptych.pipelines.planning import needs_of
 from triptych.pipelines.request import Request
 from triptych.sizes import latent_size_b, latent_size_c
@@ -46,7 +39,7 @@ class Forecast:
     size: tuple[int, int]  # width, height
     needs: tuple[Need, ...]
     plan: Plan | None
-    peak: int  # bytes with the plan, or with the thriftiest one when none fits
+    peak: int  # private bytes over the empty process with the plan; the least there is when none fits
     operations: float  # multiplications and additions, each counted
     seconds: float  # roughly, from a cold start on
 
@@ -58,33 +51,34 @@ class Forecast:
 
 def forecast(
     model: str, device: torch.device, dtype: torch.dtype, free: int, speed: float,
-    size: tuple[int, int] | None = None, low_memory: bool = False,
+    size: tuple[int, int] | None = None, low_memory: bool = False, int8: bool | None = False,
 ) -> Forecast:  # fmt: skip
     """Memory and time of one picture by `model`: mini, a folder, or a published name, downloaded or not.
 
-    `free` is in bytes, `speed` in operations a second (see `matmul_speed`).
+    `free` is in bytes, `speed` in operations a second (see `matmul_speed`). low_memory, int8: see `plan`.
     """
     if model in PUBLISHED:
-        needs, operations, size = _published(model, size, dtype.itemsize)
+        needs, operations, size = _published(model, size, device, dtype)
     else:
         needs, operations, size = _on_disk(model, size, device, dtype)
-    chosen = plan(needs, dtype.itemsize, free, low_memory)
-    streamed = Plan({need.stage: "streamed" for need in needs}, keep=False)
+    chosen = plan(needs, free, low_memory, int8)
     seconds = OVERHEAD * operations / speed
     return Forecast(
         model,
         size,
         tuple(needs),
         chosen,
-        peak(needs, chosen or streamed, dtype.itemsize),
+        least(needs) if chosen is None else peak(needs, chosen),
         operations,
         seconds,
     )
 
 
 def _published(
-    model: str, size: tuple[int, int] | None, item: int
+    model: str, size: tuple[int, int] | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Need], float, tuple[int, int]]:
+    item, on_cpu = dtype.itemsize, device.type == "cpu"
+    mapped = on_cpu and dtype == torch.bfloat16  # computed with as the files have them
     published, settings = PUBLISHED[model], PUBLISHED_SETTINGS
     stage_c, stage_b = STAGE_C[published.stage_c], STAGE_B[published.stage_b]
     width, height = size or settings["stage_c"]["default_size"]
@@ -94,13 +88,23 @@ def _published(
         "stage_a": _shapes(StageA, STAGE_A["full"]),
     }
     latents_c, latents_b = latent_size_c(height, width), latent_size_b(height, width)
+    working = {
+        "stage_c": trunk_working(stage_c, *latents_c, 1, item),
+        "stage_b": trunk_working(stage_b, *latents_b, 1, item),
+    }
     tower = TOWER_PARAMETERS["text_encoder"]
     needs = [
-        Need("text_encoder", tower, tower * STORED, tower // TOWER_BLOCKS, tower // 10, TEXT_TOKENS * 2**16),
-        need_of("stage_c", shapes["stage_c"], STORED, trunk_working(stage_c, *latents_c, 1, item)),
-        need_of("stage_b", shapes["stage_b"], STORED, trunk_working(stage_b, *latents_b, 1, item)),
-        need_of("stage_a", shapes["stage_a"], 4, decode_working(STAGE_A["full"], height, width)),
-    ]
+        Need(
+            "text_encoder", tower, tower * STORED, tower // TOWER_BLOCKS, tower // 10, TEXT_TOKENS * 2**16,
+            item, tower * 9 // 10, mapped,
+        ),
+        need_of("stage_c", shapes["stage_c"], STORED, working["stage_c"], item, mapped),
+        need_of("stage_b", shapes["stage_b"], STORED, working["stage_b"], item, mapped),
+        need_of(
+            "stage_a", shapes["stage_a"], 4, decode_working(STAGE_A["full"], height, width), mapped=on_cpu,
+            tiles=decode_tiles(STAGE_A["full"], height, width),
+        ),
+    ]  # fmt: skip
     operations = _operations(stage_c, stage_b, latents_c, latents_b, settings["stage_c"], settings["stage_b"])
     return needs, operations, (width, height)
 

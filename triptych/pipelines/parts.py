@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +25,10 @@ from triptych.conditioning.towers import file_names, weight_file
 from triptych.errors import CapacityError, CheckpointError
 from triptych.models.lora import merge, merged, set_weight
 from triptych.pipelines.adapters import ADAPTED, Adapters, Wardrobe, split_scale, stack
+from triptych.pipelines.capacity import Plan
 from triptych.pipelines.placement import Placement, Weights, place
 from triptych.pipelines.speed import Speed
+from triptych.pipelines.tiles import Tile
 from triptych.sizes import PIXELS_PER_LATENT_C, latent_size_c
 
 ALLOCATORS_SAY = ("can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -43,6 +47,7 @@ class Parts:
         self.dtype = dtype
         self.weights: dict[str, Weights] = {}
         self.keep = True
+        self.tile: Tile | None = None  # of Stage A's decode; None decodes pictures whole
         self.speed = Speed()
         self._held: set[str] = set()  # parts that stay loaded between their turns for now
         self.timings: dict[str, float] = {}  # seconds by stage; loading is counted here
@@ -82,6 +87,14 @@ class Parts:
         """Shapes of a part's tensors, from its header; of a tower, of everything in its file."""
         header, sniffed = identify(self.header(part).path)
         return dict(header.shapes) if part == "text_encoder" else layout_shapes(header, sniffed, part)
+
+    def arrange(self, chosen: Plan) -> None:
+        """Follow a plan from now on. What is loaded and should live elsewhere is let go of."""
+        for part in tuple(self._loaded):
+            if chosen.weights.get(part, "resident") != self.weights.get(part, "resident"):
+                self.release(part)
+        self.weights, self.keep, self.tile = chosen.weights, chosen.keep, chosen.tile
+        self.speed = replace(self.speed, kept_bytes=chosen.kept_bytes)
 
     def wear(self, loras: Sequence[str]) -> None:
         """From now on wear these LoRA files ("FILE" or "FILE:SCALE"), in place of those worn before.
@@ -171,6 +184,9 @@ class Parts:
             torch.cuda.empty_cache()
         elif self.device.type == "mps":
             torch.mps.empty_cache()
+        else:
+            with suppress(OSError, AttributeError):  # glibc keeps what was freed until it is told not to
+                ctypes.CDLL(None).malloc_trim(0)
 
     def _load(self, part: str) -> nn.Module | TextEncoder | ImageEncoder:
         """Build and place a part; its first time, refuse weights that are NaN or infinite.

@@ -4,7 +4,7 @@ Weights of a network live in one of four places:
 
     resident   on the device, in the precision they compute in
     narrow     on the device, as the file stores them (bfloat16, say); each block is widened while it runs
-    int8       on the device, matrices as int8 rows with a scale each (see `int8.py`), widened like narrow ones
+    int8       on the device, matrices as int8 rows with a scale each (see `int8.py`), widened likewise
     streamed   in the memory-mapped file; each block is brought to the device and widened while it runs
 
 A block is a child of a list of blocks (`nn.ModuleList`): the unit in which the trunk of Stages B and C and

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from triptych.errors import CapacityError
 from triptych.models.stage_a import StageAConfig
 from triptych.models.stage_b import StageBConfig
 from triptych.models.stage_c import StageCConfig
-from triptych.pipelines.capacity import (
-    Need,
-    Plan,
-    decode_working,
-    free_memory,
-    measure,
-    plan,
-    refusal,
-    text_working,
-    trunk_working,
-)
-from triptych.pipelines.parts import Parts
-from triptych.pipelines.request import Request
+from triptych.pipelines.capacity import Plan, gigabytes, least, plan, refusal, room_on
+from triptych.pipelines.needs import Need, decode_tiles, decode_working, measure, text_working, trunk_working
+from triptych.pipelines.parts import FLOAT32_PARTS, Parts
+from triptych.pipelines.request import MAX_BATCH, Request
 from triptych.sizes import latent_size_b
 
 PLANNED = ("text_encoder", "stage_c", "stage_b", "stage_a")
@@ -32,14 +25,26 @@ def plan_requests(parts: Parts, requests: Sequence[Request]) -> Plan:
     The encoders of source pictures are not counted: they are far smaller than Stage C, and are let go of
     before it is loaded.
     """
-    item, free = parts.dtype.itemsize, free_memory(parts.device)
-    needs_by_request = [needs_of(parts, request) for request in requests]
-    needs = [max(same, key=lambda need: need.working) for same in zip(*needs_by_request, strict=True)]
-    chosen = plan(needs, item, free, requests[0].low_memory)
+    limits = [request.max_memory for request in requests if request.max_memory is not None]
+    room = room_on(parts.device, min(limits, default=None))
+    by_request = [needs_of(parts, request) for request in requests]
+    needs = [max(same, key=lambda need: need.working) for same in zip(*by_request, strict=True)]
+    chosen = _plan(needs, room, requests[0], len(requests) > 1 or _batches(requests[0]) > 1)
     if chosen is None:
         worst = max(requests, key=lambda request: request.sides()[0] * request.sides()[1])
-        raise _refused(parts, worst, needs, item, free)
+        raise _refused(parts, worst, needs, room)
     return chosen
+
+
+def _plan(needs: Sequence[Need], room: int, request: Request, several: bool) -> Plan | None:
+    int8 = request.int8
+    if int8 is None and request.max_memory is None:
+        int8 = False  # a picture is never rounded unasked
+    return plan(needs, room, request.low_memory, int8, several)
+
+
+def _batches(request: Request) -> int:
+    return -(-len(request.prompts) * request.count // (request.batch or MAX_BATCH))
 
 
 def needs_of(parts: Parts, request: Request) -> list[Need]:
@@ -56,21 +61,39 @@ def needs_of(parts: Parts, request: Request) -> list[Need]:
         "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
         "stage_a": decode_working(stage_a, height, width),
     }
-    return [measure(part, shapes[part], parts.header(part), working[part]) for part in working]
+    tiles = {"stage_a": decode_tiles(stage_a, height, width)}
+    return [
+        measure(
+            part,
+            shapes[part],
+            parts.header(part),
+            working[part],
+            torch.float32 if part in FLOAT32_PARTS else parts.dtype,
+            parts.device.type,
+            tiles.get(part, ()),
+        )
+        for part in PLANNED
+    ]
 
 
-def _refused(parts: Parts, request: Request, needs: list[Need], item: int, free: int) -> CapacityError:
-    return refusal(needs, item, free, str(parts.device), _advice(parts, request, item, free))
+def _refused(parts: Parts, request: Request, needs: Sequence[Need], room: int) -> CapacityError:
+    return refusal(needs, room, str(parts.device), _advice(parts, request, room))
 
 
-def _advice(parts: Parts, request: Request, item: int, free: int) -> str:
+def _advice(parts: Parts, request: Request, room: int) -> str:
     height, width = request.sides()
     smaller = [request.replaced(batch=1)]
     while min(width, height) >= 256:
         width, height = width // 2 // 128 * 128, height // 2 // 128 * 128
         smaller.append(request.replaced(batch=1, size=(max(width, 128), max(height, 128))))
+    fewest = []
     for attempt in smaller:
-        if plan(needs_of(parts, attempt), item, free, request.low_memory) is not None:
+        needs = needs_of(parts, attempt)
+        fewest.append(least(needs))
+        if _plan(needs, room, attempt, False) is not None:
             height, width = attempt.sides()
             return f"It would fit with --batch 1 --size {width}x{height}."
-    return "No size of this model fits; a smaller model (--stage-c 1b --stage-b 700m, or mini) may."
+    return (
+        f"No size of this model fits, the least is {gigabytes(min(fewest))}; a smaller model (--stage-c 1b "
+        "--stage-b 700m, or mini) may."
+    )

@@ -19,7 +19,7 @@ from triptych.pipelines.request import Picture, Request, recall
 FIRST_SEED = 0  # of lines that name none: a drawn one would be another in the next run
 # What a picture shows does not depend on these, or is told in other ways.
 WHICH = {"prompt", "seed", "seeds", "count"}
-HOW = {"batch", "device", "dtype", "low_memory", "max_memory"}
+HOW = {"batch", "device", "dtype", "low_memory", "max_memory", "int8"}
 
 
 @dataclass(frozen=True)

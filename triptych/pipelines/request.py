@@ -22,6 +22,7 @@ from triptych.diffusion.samplers import SAMPLERS
 from triptych.errors import RequestError, nearest
 from triptych.sizes import SIDE_MULTIPLE, nearest_sides
 
+BYTES = r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?)?B?\s*"
 MAX_SEED = 2**63 - 1
 MAX_BATCH = 4  # pictures that share one network call unless the request says otherwise
 
@@ -33,6 +34,20 @@ def parse_size(value: Any) -> Any:
         if match is None:
             raise ValueError(f'"{value}" is not a size; write width x height, such as 512x384')
         return int(match[1]), int(match[2])
+    return value
+
+
+def parse_bytes(value: Any) -> Any:
+    """Turn "8GiB", "500 MB" or "3e9" into a number of bytes; other values pass on to be checked."""
+    if isinstance(value, str):
+        match = re.fullmatch(
+            r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?)?B?\s*", value, re.I | re.ASCII
+        )
+        if match is None:
+            raise ValueError(f'"{value}" is not an amount of memory; write one such as 8GiB or 500MB')
+        unit = (match[2] or "").upper()
+        power = " KMGT".index(unit[0]) if unit else 0
+        return int(float(match[1]) * (1024 if unit.endswith("I") else 1000) ** power)
     return value
 
 
@@ -52,6 +67,7 @@ Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
     BeforeValidator(parse_size),
 ]
+Bytes = Annotated[int, Field(ge=1), BeforeValidator(parse_bytes)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -153,6 +169,10 @@ class Request(BaseModel):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="Where to compute.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Precision.")
     low_memory: bool = Field(False, description="Keep one stage in memory at a time, its weights on disk.")
+    max_memory: Bytes | None = Field(None, description="Memory the process may take, such as 8GiB.")
+    int8: bool | None = Field(
+        None, description="Round weights to int8 rows; None: only where max_memory asks for it."
+    )
     batch: int | None = Field(None, ge=1, le=1024, description="Pictures that share one network call.")
     preview: bool = Field(False, exclude=True, description="Show pictures while Stage C runs.")
 
@@ -244,7 +264,7 @@ class Request(BaseModel):
             decoder_steps=self.decoder_steps or stage_b["steps"],
             decoder_guidance=stage_b["guidance"] if self.decoder_guidance is None else self.decoder_guidance,
             decoder_sampler=self.decoder_sampler or stage_b["sampler"],
-            batch=self.batch or (1 if self.low_memory else MAX_BATCH),
+            batch=self.batch or (1 if self.low_memory or self.max_memory else MAX_BATCH),
         )
 
 

@@ -29,6 +29,7 @@ from triptych.pipelines.parts import Parts
 from triptych.pipelines.pictures import Brought, with_pictures
 from triptych.pipelines.request import Picture, Request, Result, Sampling, picture_metadata
 from triptych.pipelines.speed import Answer, Branches
+from triptych.pipelines.tiles import decode_in_tiles
 from triptych.sizes import latent_size_b
 
 
@@ -269,7 +270,8 @@ class Run:
         with self.parts.turn("stage_a") as network:
             for row in range(len(batch.pictures)):
                 with self.parts.timed("stage_a"), torch.no_grad():
-                    pixels = network.decode(batch.latents_b[row : row + 1].float(), self.parts.speed.fused)
+                    latents = batch.latents_b[row : row + 1].float()
+                    pixels = decode_in_tiles(network, latents, self.parts.tile, self.parts.speed.fused)
                     self._check(pixels, "stage_a")
                     (image,) = to_images(pixels)
                     if self.inputs.finish is not None:

@@ -23,6 +23,8 @@ Examples:
 
   triptych doctor --model cascade-lite --size 768x768
 
+  triptych doctor --max-memory 6GiB
+
   triptych doctor --json
 
 Nothing is downloaded. Times are estimates from the number of operations and a short trial of this machine.
@@ -35,7 +37,16 @@ EXTRAS = {  # extra -> the modules it brings and what they are for
     "compare": (("diffusers",), "comparing with other systems"),
     "serve": (("fastapi", "uvicorn"), "pages in the browser"),
 }
-WORDS = {"resident": "in memory", "narrow": "in memory, widened block by block", "streamed": "streamed"}
+WORDS = {
+    "resident": "in memory",
+    "narrow": "as stored",
+    "int8": "int8",
+    "streamed": "streamed",
+}
+STAGES = {"text_encoder": "text", "stage_c": "C", "stage_b": "B", "stage_a": "A"}
+LEGEND = """Weights are in memory as they compute (from the mapped file where that is the same), or as stored and
+widened block by block, or as int8 rows, or streamed from the file. Memory is private memory over that of an
+empty process."""
 
 
 def doctor(
@@ -46,20 +57,25 @@ def doctor(
     device: Annotated[str, Option(help="auto, cuda, cuda:1, mps or cpu.")] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     low_memory: Annotated[bool, Option("--low-memory", help="Plan with weights left on disk.")] = False,
+    max_memory: Annotated[str | None, Option(help="Plan within this, such as 8GiB. [what is free]")] = None,
+    int8: Annotated[bool, Option("--int8", help="Plan with weights rounded to 8 bits.")] = False,
     json_output: Annotated[bool, Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     from triptych.checkpoints.catalog import MODEL_NAMES
-    from triptych.pipelines.capacity import free_memory
+    from triptych.pipelines.capacity import room_on
     from triptych.pipelines.forecast import forecast, matmul_speed
     from triptych.pipelines.placement import choose_device, choose_dtype
     from triptych.pipelines.request import Request
 
     where = choose_device(device)
     precision = choose_dtype(dtype, where)
-    sides = Request(prompt="", size=size).size
-    free, speed = free_memory(where), matmul_speed(where, precision)
+    asked = Request(prompt="", size=size, max_memory=max_memory)
+    free, speed = room_on(where, asked.max_memory), matmul_speed(where, precision)
+    rounded = True if int8 else None if max_memory else False
     names = model or ["mini", *sorted(set(MODEL_NAMES) - {"mini"}, reverse=True)]
-    forecasts = [forecast(name, where, precision, free, speed, sides, low_memory) for name in names]
+    forecasts = [
+        forecast(name, where, precision, free, speed, asked.size, low_memory, rounded) for name in names
+    ]
     machine = describe_machine(where, precision, free, speed)
     if json_output:
         typer.echo(json.dumps({**machine, "models": [as_json(one) for one in forecasts]}, indent=1))
@@ -98,6 +114,7 @@ def as_json(one: Forecast) -> dict[str, Any]:
         "size": list(one.size),
         "fits": one.plan is not None,
         "weights": None if one.plan is None else one.plan.weights,
+        "tile": None if one.plan is None else one.plan.tile,
         "peak_bytes": one.peak,
         "file_bytes": one.stored,
         "operations": one.operations,
@@ -116,7 +133,7 @@ def show(machine: dict[str, Any], forecasts: list[Forecast]) -> None:
     typer.echo(
         f"Computes on {machine['device']}{graphics} in {machine['precision']}, {machine['threads']} threads, "
         f"{machine['operations_per_second'] / 1e9:.0f} GFLOPS in matrix products, "
-        f"{gigabytes(machine['free_bytes'])} free."
+        f"{gigabytes(machine['free_bytes'])} to use."
     )
     lines = [("model", "size", "files", "memory", "weights", "one picture")]
     for one in forecasts:
@@ -127,9 +144,7 @@ def show(machine: dict[str, Any], forecasts: list[Forecast]) -> None:
                 f"{width}x{height}",
                 gigabytes(one.stored),
                 gigabytes(one.peak),
-                "does not fit"
-                if one.plan is None
-                else WORDS[max(one.plan.weights.values(), key=list(WORDS).index)],
+                placed(one),
                 duration(one.seconds),
             )
         )
@@ -137,13 +152,26 @@ def show(machine: dict[str, Any], forecasts: list[Forecast]) -> None:
     typer.echo("")
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    typer.echo("")
+    typer.echo(f"\n{LEGEND}\n")
     for name, (modules, purpose) in EXTRAS.items():
         missing = missing_of(modules)
         state = (
             "installed" if not missing else f"without {', '.join(missing)}: pip install 'triptych[{name}]'"
         )
         typer.echo(f"extra {name} ({purpose}): {state}")
+
+
+def placed(one: Forecast) -> str:
+    """The plan in words: where the weights of each stage live, and Stage A's tiles."""
+    if one.plan is None:
+        return "does not fit"
+    stages: dict[str, list[str]] = {}
+    for stage, weights in one.plan.weights.items():
+        stages.setdefault(WORDS[weights], []).append(STAGES[stage])
+    told = [f"{', '.join(names)} {words}" for words, names in stages.items()]
+    if one.plan.tile is not None:
+        told.append("A in tiles of {}x{}".format(*(4 * side for side in reversed(one.plan.tile))))
+    return "; ".join(told) if len(told) > 1 else next(iter(stages))
 
 
 def duration(seconds: float) -> str:

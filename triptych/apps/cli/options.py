@@ -45,6 +45,10 @@ def _options(
     low_memory: Annotated[
         bool, Option("--low-memory", help="One stage at a time, weights left on disk.")
     ] = False,
+    max_memory: Annotated[
+        str | None, Option(help="Memory to stay within, such as 8GiB; graphics memory where there is a card.")
+    ] = None,
+    int8: Annotated[bool, Option("--int8", help="Round the weights of Stages B and C to 8 bits.")] = False,
     batch: Annotated[int | None, Option(help="Pictures that share a network call. [up to 4]")] = None,
     like: Annotated[Path | None, Option(help="Repeat this picture; other options change one thing.")] = None,
     preview: Annotated[
