@@ -140,7 +140,7 @@ def test_int8_is_for_weights_that_stay() -> None:
     wanted = network(**INPUTS)
     network.requires_grad_(False)
     learned = network.down_blocks[0][0].channelwise[0].weight.requires_grad_(True)
-    store_blocks(network, "int8")
+    store_blocks(network, "int8", frozen_only=True)
     checkpoint_blocks(network)
     assert learned.dtype == torch.float32
     assert network.down_blocks[0][0].channelwise[4].weight.dtype == torch.int8

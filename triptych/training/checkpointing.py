@@ -8,10 +8,10 @@ which is small, stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,35 @@ from torch.utils.checkpoint import checkpoint
 from triptych.checkpoints.int8 import LARGEST
 from triptych.pipelines.placement import blocks_of
 
+if TYPE_CHECKING:
+    from triptych.training.config import RunSettings
+
 Storage = Literal["float32", "bfloat16", "int8"]
+
+
+def save_memory(settings: RunSettings, trunks: Iterable[nn.Module]) -> None:
+    """Do to networks what the settings of a run ask for."""
+    for trunk in trunks:
+        if settings.weights != "float32":
+            store_blocks(trunk, settings.weights)
+        if settings.checkpointing:
+            checkpoint_blocks(trunk)
+
+
+def build_network(
+    build: Callable[[Any], nn.Module], config: Any, settings: RunSettings, device: torch.device
+) -> nn.Module:
+    """A network to train; its values follow where `init` names them, so that of bfloat16 weights float32
+    copies never exist."""
+    if settings.init is None or settings.weights == "float32":
+        return build(config).to(device)
+    with torch.device("meta"):
+        network = build(config)
+    for block in blocks_of(network):
+        for parameter in block.parameters():
+            if is_matrix(parameter):
+                parameter.data = parameter.data.to(getattr(torch, settings.weights))
+    return network.to_empty(device=device)
 
 
 def checkpoint_blocks(network: nn.Module) -> None:
@@ -29,16 +57,25 @@ def checkpoint_blocks(network: nn.Module) -> None:
         block.forward = partial(_recomputed, block.forward)
 
 
-def store_blocks(network: nn.Module, storage: Storage) -> None:
+def store_base(network: nn.Module, storage: Storage) -> None:
+    """Hold a frozen network in `storage` below adapters, which are float32, as is all outside of blocks."""
+    inside = {id(p) for block in blocks_of(network) for p in block.parameters()}
+    for parameter in network.parameters():
+        if parameter.requires_grad or id(parameter) not in inside:
+            parameter.data = parameter.data.float()
+    store_blocks(network, storage, frozen_only=True)
+
+
+def store_blocks(network: nn.Module, storage: Storage, frozen_only: bool = False) -> None:
     """Hold the matrices of all blocks in `storage` and widen them while their block runs.
 
-    Gradients of bfloat16 weights are bfloat16; int8 is for frozen weights only. Call it before
+    Gradients of bfloat16 weights are bfloat16; int8 is for frozen weights. Call it before
     `checkpoint_blocks`, without which the widened weights stay for the backward pass.
     """
     for block in blocks_of(network):
         scales: dict[int, Tensor] = {}
         for parameter in block.parameters():
-            if is_matrix(parameter) and not (parameter.requires_grad and storage == "int8"):
+            if is_matrix(parameter) and not (frozen_only and parameter.requires_grad):
                 narrow(parameter, storage, scales)
         if storage != "float32":
             block.forward = partial(_widened, block, scales, block.forward)

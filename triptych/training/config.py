@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from triptych.data.shapes import KINDS, LARGE_SHARE, Kind
 from triptych.errors import SettingsError, nearest
 from triptych.training.optim import EmaSettings, OptimSettings
+from triptych.training.rules import conflicts
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -144,6 +145,7 @@ class LoraSettings(Settings):
 
     model: str = Field("mini", description="the model that is taught; gives all frozen parts")
     parts: tuple[Literal["stage_c", "stage_b"], ...] = Field(("stage_c",), min_length=1)
+    base: Literal["float32", "bfloat16", "int8"] = Field("float32", description="how frozen weights are held")
     kind: Literal["lora", "dora", "rslora", "loha", "lokr"] = Field("lora", description="of change, by peft")
     rank: int = Field(16, ge=1, description="inner side of each change")
     alpha: float = Field(16.0, gt=0, description="its strength is alpha / rank (rslora: / sqrt(rank))")
@@ -166,6 +168,9 @@ class LoraSettings(Settings):
         ("a picture of {word}", "a red apple", "a blue circle", "a green tree", "a yellow star", "a house",
          "a smiling face", ""), min_length=1, description="what it draws them for",
     )  # fmt: skip
+    check: int = Field(
+        0, ge=0, description="pictures a prompt drawn at the end, to measure what was taught; 0: none"
+    )
     layout: Literal["kohya", "onetrainer", "comfyui", "diffusers", "official"] = Field(
         "kohya", description="names in the file that is written"
     )
@@ -187,10 +192,15 @@ class RunSettings(Settings):
     batch: int = Field(16, ge=1, description="pictures per update, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is worked through")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products")
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32", description="how trained weights are held; bfloat16 is rounded at random"
+    )
+    checkpointing: bool = Field(False, description="recompute blocks in the backward pass, for memory")
     not_finite: Literal["stop", "skip"] = Field(
         "stop",
         description="after a loss or gradient that is no number: end the run, or leave that update out",
     )
+    shard: bool = Field(False, description="split weights and moments over processes (FSDP2); Stages B and C")
     device: str = Field("auto", description="auto, cpu, cuda or mps")
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1, description="updates between checkpoints")
@@ -213,6 +223,12 @@ class RunSettings(Settings):
     diffusion: DiffusionSettings = DiffusionSettings()
     control: ControlSettings = ControlSettings()
     lora: LoraSettings = LoraSettings()
+
+    @model_validator(mode="after")
+    def _savings_go_together(self) -> RunSettings:
+        for conflict in conflicts(self):
+            raise ValueError(conflict)
+        return self
 
 
 def read_settings(path: Path, changes: Sequence[str] = ()) -> RunSettings:
@@ -298,6 +314,8 @@ def check_settings(raw: dict[str, Any], origin: str) -> RunSettings:
             raise SettingsError(f'{origin}: unknown key "{name}"; {nearest(last, known)}.') from None
         if first["type"] == "missing":
             raise SettingsError(f'{origin}: "{name}" is missing.') from None
+        if not name:  # settings that are right one by one
+            raise SettingsError(f"{origin}: {first['ctx']['error']}.") from None
         got = repr(first.get("input"))[:80]
         raise SettingsError(f'{origin}: "{name}" is {got}: {first["msg"]}.') from None
 

@@ -103,7 +103,7 @@ def controlnet_task(
         {"controlnet": network}, pictures.order(cache.buckets if cache else None),
         load, loss, info, sample,
         players={"controlnet": ["controlnet"]}, tables={"adaptive": adaptive},
-        skipped=pictures.skipped, key_of=pictures.source.key,
+        skipped=pictures.skipped, key_of=pictures.source.key, trunks=[stage_c],
     )  # fmt: skip
 
 

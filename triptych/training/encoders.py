@@ -27,6 +27,10 @@ class Encoders:
     image: ImageEncoder | None = None
     empty: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # the empty caption, by windows
 
+    def release(self) -> None:
+        """Let go of what a cache has made superfluous: everything but the text encoder."""
+        self.stage_a = self.semantic = self.image = None
+
     def empty_text(self, windows: int) -> tuple[Tensor, Tensor]:
         """`text_hidden` (1, n, Wt) and `text_pooled` (1, Wp) of the empty caption in so many windows."""
         assert self.text is not None

@@ -24,8 +24,8 @@ class FusedUpdate:
     """Moves each parameter of an optimiser as soon as its gradient is complete, and frees the gradient.
 
     Every gradient is clipped by itself to norm `clip` (0 never clips): a joint norm would be known only when
-    all gradients have been held. From the first gradient on that is not finite nothing moves, and `norm` is not
-    finite. `seed` keys the rounding of bfloat16 weights.
+    all gradients have been held. From the first gradient on that is not finite nothing moves, and `norm` is
+    not finite. `seed` keys the rounding of bfloat16 weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, clip: float, seed: int) -> None:

@@ -10,7 +10,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,36 @@ import torch
 
 from triptych.data.batches import stream
 from triptych.errors import TrainingError
-from triptych.pipelines.placement import choose_device
+from triptych.training.checkpointing import save_memory
 from triptych.training.config import RunSettings
 from triptych.training.draws import DROPOUT, Draws, key
+from triptych.training.fused import FusedUpdate, apply_gradients
 from triptych.training.log import RunLog
 from triptych.training.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate,
     set_learning_rate,
+    to_training_point,
     update_ema,
+)
+from triptych.training.processes import (
+    AveragedGradients,
+    anyone,
+    averaging,
+    check_equal,
+    in_turn,
+    joined,
+    leads,
+    own_places,
+    rank,
+    share_weights,
+    world,
 )
 from triptych.training.recipes import build_task
 from triptych.training.report import write_report
-from triptych.training.saving import Tell, room_or_none, save_samples, try_to_save
+from triptych.training.saving import Tell, room_or_none, save_samples, skipped_anywhere, try_to_save
+from triptych.training.sharding import shard_networks
 from triptych.training.start import start_from
 from triptych.training.state import State, settings_changed
 from triptych.training.stopping import Stop
@@ -71,14 +88,23 @@ def train(
     valid.
     """
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if told := settings_changed(out, settings):
-        tell(told)
-    device = choose_device(settings.device)
-    torch.manual_seed(key(settings.seed, DROPOUT))  # initial weights
-    task = build_task(settings, device, lambda done, of: watch(Progress("cache", done, of)))
-    train_task(settings, task, device, watch, stop or Stop(), tell)
+    with joined(settings) as device:
+        if not leads():
+            watch, tell = silent, silent
+        out.mkdir(parents=True, exist_ok=True)
+        if told := settings_changed(out, settings):
+            tell(told)
+
+        def build() -> Task:
+            torch.manual_seed(key(settings.seed, DROPOUT))  # initial weights
+            return build_task(settings, device, lambda done, of: watch(Progress("cache", done, of)))
+
+        train_task(settings, in_turn(build), device, watch, stop or Stop(), tell)
     return out
+
+
+def silent(event: Any) -> None:
+    """What processes beside the first one say."""
 
 
 def train_task(
@@ -93,20 +119,25 @@ def train_task(
     out = Path(settings.out)
     if settings.init is not None:
         start_from(task.networks, settings.init)
-    averages = {
-        part: copy.deepcopy(network).eval().requires_grad_(False) for part, network in task.networks.items()
-    }
-    optimizers = {
-        player: build_optimizer(
-            [p for part in parts for p in task.trained[part].parameters()], settings.optim
-        )
-        for player, parts in task.players.items()
-    }
+    share_weights(list(task.trained.values()))
+    averages = dict(task.networks)
+    if settings.ema.enabled:
+        averages = {part: copy.deepcopy(net).eval().requires_grad_(False) for part, net in averages.items()}
+    save_memory(settings, task.trunks)
+    if settings.shard and world() > 1:
+        shard_networks(dict.fromkeys([*task.trained.values(), *averages.values()]), device)
+    optimizers, gradients = {}, {}
+    for player, parts in task.players.items():
+        parameters = [p for part in parts for p in task.trained[part].parameters()]
+        optimizers[player] = build_optimizer(parameters, settings.optim)
+        if world() > 1 and not settings.shard:  # split networks average theirs by themselves
+            gradients[player] = AveragedGradients([p for p in parameters if p.requires_grad])
     state = State(task, averages, optimizers, settings)
     state.restore(out)
+    check_equal(state.step, "checkpoints")
     log = RunLog(out, settings, state.step)
     try:
-        run(settings, task, state, log, device, watch, stop, tell)
+        run(settings, task, state, gradients, log, device, watch, stop, tell)
     finally:
         log.close()
 
@@ -115,6 +146,7 @@ def run(
     settings: RunSettings,
     task: Task,
     state: State,
+    gradients: Mapping[str, AveragedGradients],
     log: RunLog,
     device: torch.device,
     watch: Callable[[Progress], None],
@@ -133,12 +165,16 @@ def run(
         parts = next(batches)
         if step > first_step:  # nothing could be read ahead for the first
             log.wait(time.monotonic() - asked)
-        torch.manual_seed(key(settings.seed, DROPOUT, step))  # dropout is the only other use of randomness
+        # Dropout is the only other use of randomness; its masks are a process's own.
+        torch.manual_seed(key(settings.seed, DROPOUT, step, *([rank()] if rank() else [])))
         losses: dict[str, list[Losses]] = {}
         norms: dict[str, float] = {}
         for player in task.players:
             if step >= task.start_of.get(player, 0):
-                losses[player], norms[player] = update(settings, task, state, player, parts, step, device)
+                averaged = gradients.get(player)
+                losses[player], norms[player] = update(
+                    settings, task, state, player, parts, averaged, step, device
+                )
         left_out = [player for player in losses if not is_finite(losses[player], norms[player])]
         if left_out:
             pass_over(settings, task, state, log, left_out[0], step)
@@ -151,17 +187,20 @@ def run(
         shown = sum(float(part.total) for part in next(iter(losses.values()), []))
         watch(Progress("train", state.step, settings.steps, shown if losses else math.nan))
         last = state.step == settings.steps
-        ends = last or stop.asked
+        asked_to_stop = anyone(stop.asked)
+        ends = last or asked_to_stop
         if ends or due or state.step % settings.save_every == 0:
             due = not try_to_save(settings, task, state, out, tell, must=ends)
-        if stop.asked and not last:
+        if asked_to_stop and not last:
             stop.step = state.step
             break
         if state.step % settings.sample_every == 0 or last:
             save_samples(task, state, out, tell)
         if state.step % min(settings.save_every, settings.sample_every) == 0 or last:
-            with room_or_none("The report", tell):
-                write_report(out, settings, task.skipped())
+            skipped = skipped_anywhere(task)
+            if leads():
+                with room_or_none("The report", tell):
+                    write_report(out, settings, skipped)
     stop.patient = False
 
 
@@ -171,6 +210,7 @@ def update(
     state: State,
     player: str,
     parts: list[tuple[Any, Callable[[], Draws]]],
+    gradients: AveragedGradients | None,
     step: int,
     device: torch.device,
 ) -> tuple[list[Losses], float]:
@@ -181,21 +221,35 @@ def update(
     optimizer = state.optimizers[player]
     buffers = [(b, b.clone()) for name in task.players[player] for b in task.trained[name].buffers()]
     set_learning_rate(optimizer, learning_rate(step, settings.optim))
+    to_training_point(optimizer, True)
+    fused = FusedUpdate(optimizer, settings.optim.clip, settings.seed)
     losses = []
-    for batch, draws in parts:
+    for number, (batch, draws) in enumerate(parts, 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             part = task.loss(player, batch, draws(), step)
-        (part.total / len(parts)).backward()
+        inside = fused.step(step) if settings.optim.fused_backward else nullcontext()
+        with averaging(gradients, last=number == len(parts)), inside:
+            (part.total / len(parts)).backward()
         losses.append(replace(part, total=part.total.detach()))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(clip_gradients(parameters, settings.optim.clip))
+    norm = fused.norm
+    if not settings.optim.fused_backward:
+        by_layer = settings.optim.clip_by == "layer"
+        norm = norm_of(clip_gradients(fused.parameters, settings.optim.clip, by_layer))
+    if anyone(not is_finite(losses, norm)):
+        norm = math.nan
     if is_finite(losses, norm):
-        optimizer.step()
+        apply_gradients(optimizer, settings.seed, step)
     else:
         for buffer, kept in buffers:
             buffer.copy_(kept)
     optimizer.zero_grad(set_to_none=True)
+    to_training_point(optimizer, False)
     return losses, norm
+
+
+def norm_of(norm: Any) -> float:
+    """A norm as a number; that of split gradients is put together first."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def is_finite(losses: list[Losses], norm: float) -> bool:
@@ -229,7 +283,7 @@ def read_batches(
     def load(step: int) -> Any:
         plan = task.order.plan(step)
         places = range(settings.batch)
-        parts = [tuple(places[first : first + share]) for first in range(0, settings.batch, share)]
+        parts = [own_places(places[first : first + share]) for first in range(0, settings.batch, share)]
         return [(task.load(plan, part), lambda part=part: Draws(settings.seed, step, part)) for part in parts]
 
     return stream(load, start, settings.steps, settings.data.readers)

@@ -30,6 +30,7 @@ from triptych.data.batches import BatchPlan, draws
 from triptych.diffusion.loss import AdaptiveWeight
 from triptych.errors import MissingExtra, SettingsError
 from triptych.models.lora import Change, TokenTable
+from triptych.training.checkpointing import store_base
 from triptych.training.config import LoraSettings, RunSettings
 from triptych.training.draws import Draws
 from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders, shrink_mask
@@ -86,6 +87,8 @@ def lora_task(
     captions = [pictures.source.captions(number) for number in range(len(pictures.source))]
     needed = needed_parts(own)
     cache = open_diffusion_cache(settings, pictures, base.encoders, needed, device, progress)
+    if cache is not None:
+        base.encoders.release()
     prior = None
     if own.prior:
         size = drawn_size(base, settings.data.size)
@@ -145,6 +148,7 @@ def lora_task(
         {"lora": learned}, pictures.order(cache.buckets if cache else None), load, loss, info, sample,
         players={"lora": ["lora"]}, tables={"adaptive": adaptive},
         skipped=pictures.skipped, key_of=pictures.source.key, write=write,
+        trunks=list(base.networks.values()),
     )  # fmt: skip
 
 
@@ -170,7 +174,7 @@ def needed_parts(own: LoraSettings) -> list[str]:
 
 
 def build_base(settings: RunSettings, files: ModelFiles, device: torch.device) -> Base:
-    """Frozen networks in the precision of their files, adapters in float32."""
+    """Frozen networks held as `lora.base` says, adapters in float32."""
     own = settings.lora
     encoders = load_encoders(settings.parts, needed_parts(own), device)
     assert encoders.text is not None
@@ -178,9 +182,12 @@ def build_base(settings: RunSettings, files: ModelFiles, device: torch.device) -
     infos: dict[str, PartInfo] = {}
     scale = 1.0
     for part in own.parts:
-        network, infos[part] = load_part(getattr(files, part), part, device=device, dtype=torch.float32)
+        dtype = torch.float32 if own.base == "float32" else None  # else as stored, and mapped where it can be
+        network, infos[part] = load_part(getattr(files, part), part, device=device, dtype=dtype)
         network.requires_grad_(False).eval()
         scale = inject(network, own, part)
+        if own.base != "float32":
+            store_base(network, own.base)
         networks[part] = network.to(device)
     for parameter in encoders.text.tower.parameters():
         parameter.requires_grad_(False)

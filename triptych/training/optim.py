@@ -36,7 +36,9 @@ class OptimSettings(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     momentum: Fraction = Field(0.95, description="Muon's running average")
     decay_only_matrices: bool = Field(False, description="spare biases, gains and other vectors from decay")
-    clip: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 never clips")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 never clips")
+    clip_by: Literal["whole", "layer"] = Field("whole", description="whose norm: all weights', or each one's")
+    fused_backward: bool = Field(False, description="update inside the backward pass: no gradient is kept")
     warmup: int = Field(1, ge=0, description="updates over which the rate rises from zero")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="the rate afterwards")
     fall_from: int = Field(0, ge=0, description="update at which a linear or cosine fall begins")
@@ -68,6 +70,7 @@ class EmaSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    enabled: bool = Field(True, description="keep an average; else the weights themselves are written")
     every: int = Field(100, ge=1, description="steps between two updates of the average")
     beta: float = Field(0.9, ge=0, lt=1, description="what is kept of the average at each update")
     start: int = Field(5000, ge=0, description="until this step the average is a plain copy")
@@ -146,13 +149,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_layer: bool = False) -> Tensor:
     """Scale all gradients so that their joint norm is at most `limit`; 0 leaves them alone.
 
-    Returns the norm before clipping, a scalar tensor on the gradients' device. A norm that is not finite
-    makes every gradient useless: check it before the update.
+    With `by_layer`, each parameter's gradient is brought to `limit` by itself. Returns the joint norm before
+    clipping, a scalar tensor on the gradients' device. A norm that is not finite makes every gradient
+    useless: check it before the update.
     """
-    return nn.utils.clip_grad_norm_(list(parameters), limit if limit > 0 else math.inf)
+    parameters = list(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 and not by_layer else math.inf)
+    if by_layer and limit > 0:
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_([parameter], limit)
+    return norm
 
 
 @torch.no_grad()
@@ -179,7 +188,7 @@ def ema_update(ema: nn.Module, model: nn.Module, beta: float) -> None:
 
 def update_ema(ema: nn.Module, model: nn.Module, step: int, settings: EmaSettings) -> bool:
     """Bring the average up to date after `step` finished steps, if it is time to; says whether it was."""
-    if step % settings.every:
+    if step % settings.every or ema is model:
         return False
     ema_update(ema, model, 0.0 if step <= settings.start else settings.beta)
     return True

@@ -38,6 +38,7 @@ from triptych.models.semantic import (
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.cache import Cache, open_cache
+from triptych.training.checkpointing import build_network
 from triptych.training.config import DiffusionSettings, RunSettings
 from triptych.training.draws import Draws
 from triptych.training.encoders import (
@@ -190,8 +191,11 @@ def diffusion_task(
         needed = ["semantic", "text_encoder", "stage_a", "image_encoder"]
     encoders = load_encoders(settings.parts, needed, device)
     kind, presets = (StageB, STAGE_B) if is_b else (StageC, STAGE_C)
-    network: Any = kind(network_config(settings, settings.recipe, presets)).to(device)  # type: ignore[arg-type]
+    config = network_config(settings, settings.recipe, presets)
+    network: Any = build_network(kind, config, settings, device)
     cache = open_diffusion_cache(settings, pictures, encoders, needed, device, progress)
+    if cache is not None and not is_b:  # Stage B shows its samples through them
+        encoders.release()
     adaptive = AdaptiveWeight()
     loss_of = stage_b_loss if is_b else stage_c_loss
 
@@ -234,7 +238,7 @@ def diffusion_task(
         {settings.recipe: network}, pictures.order(cache.buckets if cache else None),
         load, loss, info, sample,
         players={settings.recipe: [settings.recipe]}, tables={"adaptive": adaptive},
-        skipped=pictures.skipped, key_of=pictures.source.key,
+        skipped=pictures.skipped, key_of=pictures.source.key, trunks=[network],
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from triptych.checkpoints.files import PartInfo, read_tensors
@@ -132,9 +131,8 @@ def trained_info(settings: RunSettings, part: str, network: nn.Module, extra: di
 
 
 def start_from(networks: Mapping[str, nn.Module], init: str) -> None:
-    """Give networks the weights of `init`, converted to our names and float32."""
+    """Give networks the weights of `init`, converted to our names and their precision, tensor by tensor."""
     for part, network in networks.items():
         path = part_path(part, init, "init")
         tensors = read_part(path, part).tensors if part in NETWORKS else read_tensors(path, finite=True)
-        wide = {n: t.to(torch.float32) if t.is_floating_point() else t for n, t in tensors.items()}
-        load_strictly(network, wide, str(path))
+        load_strictly(network, tensors, str(path))

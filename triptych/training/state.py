@@ -1,5 +1,7 @@
 """The state of a run: everything a continued run needs to be the unbroken one, in one file.
 
+With networks split over processes it is a folder instead, see sharding.py; either continues from the other.
+
 The order of samples and all random numbers follow from (seed, step), so the step, the networks, their running
 averages and the optimisers' moments are all there is.
 """
@@ -18,6 +20,16 @@ from triptych.checkpoints.files import read_header, read_tensors, write_tensors
 from triptych.errors import TrainingError
 from triptych.training.changes import check_changes
 from triptych.training.config import RunSettings
+from triptych.training.moments import moments_of, restore_moments
+from triptych.training.processes import leads, world
+from triptych.training.sharding import (
+    as_like,
+    describe_shards,
+    read_shards,
+    remove_shards,
+    shards_in,
+    write_shards,
+)
 from triptych.training.task import Task
 
 FILE = "state.safetensors"
@@ -44,7 +56,7 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under a unique name."""
         tensors: dict[str, Tensor] = {}
-        for kind, networks in (("network", self.task.trained), ("average", self.averages)):
+        for kind, networks in self.networks():
             for part, network in networks.items():
                 for name, tensor in network.state_dict().items():
                     tensors[f"{kind}.{part}.{name}"] = tensor
@@ -52,25 +64,41 @@ class State:
             for field, tensor in table.state_dict().items():
                 tensors[f"table.{name}.{field}"] = tensor
         for player, optimizer in self.optimizers.items():
-            for index, moments in optimizer.state_dict()["state"].items():
-                for field, tensor in moments.items():
-                    tensors[f"optimizer.{player}.{index}.{field}"] = torch.as_tensor(tensor)
+            for name, tensor in moments_of(optimizer).items():
+                tensors[f"optimizer.{player}.{name}"] = tensor
         return tensors
 
+    def networks(self) -> tuple[tuple[str, dict[str, nn.Module]], ...]:
+        """All networks by kind and part; without a running average, the average is the network itself."""
+        trained = self.task.trained
+        averages = {part: net for part, net in self.averages.items() if net is not trained[part]}
+        return ("network", trained), ("average", averages)
+
     def save(self, folder: Path) -> None:
-        """Write the state, atomically: a killed run finds the last complete one."""
+        """Write the state, atomically: a killed run finds the last complete one. Every process calls this."""
         content = {"step": self.step, "settings": self.settings.model_dump(mode="json")}
-        write_tensors(folder / FILE, self.tensors(), {"format": "pt", MARK: json.dumps(content)})
+        if self.settings.shard and world() > 1:
+            write_shards(folder, self.step, self.tensors(), content)
+            if leads():
+                (folder / FILE).unlink(missing_ok=True)
+        elif leads():
+            write_tensors(folder / FILE, self.tensors(), {"format": "pt", MARK: json.dumps(content)})
+            remove_shards(folder)
         self.saved = self.step
 
     def restore(self, folder: Path) -> bool:
         """Continue from the state in `folder`, if there is one. Says whether there was."""
-        path = folder / FILE
-        if not path.exists():
+        path, content = newest(folder)
+        if not content:
             return False
-        content = stored(folder)
-        tensors = read_tensors(path)
-        for kind, networks in (("network", self.task.trained), ("average", self.averages)):
+        if path.is_dir():
+            tensors = read_shards(path, self.target)
+        else:
+            tensors = {
+                name: as_like(tensor, self.target(name, tensor.shape, tensor.dtype))
+                for name, tensor in read_tensors(path).items()
+            }
+        for kind, networks in self.networks():
             for part, network in networks.items():
                 load_strictly(network, under(tensors, f"{kind}.{part}."), f"{path}: {part}")
         for name, table in self.task.tables.items():
@@ -80,19 +108,43 @@ class State:
         self.step = self.saved = content["step"]
         return True
 
+    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An empty tensor for one that is stored, split over processes as this run needs it."""
+        kind, owner, rest = name.split(".", 2)
+        like: Tensor | None = None
+        if kind in ("network", "average"):
+            networks = self.task.trained if kind == "network" else self.averages
+            like = networks[owner].state_dict().get(rest) if owner in networks else None
+        elif kind == "optimizer" and owner in self.optimizers and rest.split(".")[0].isdigit():
+            groups = self.optimizers[owner].param_groups
+            parameters = [p for group in groups for p in group["params"]]
+            like = parameters[int(rest.split(".")[0])]
+        if like is None or like.shape != size:
+            return torch.empty(size, dtype=dtype)
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The state in a run's folder, and what it says of itself: `step`, and the `settings` it was made with.
+
+    Nothing is said where there is none. Raises TrainingError for a file that is no state.
+    """
+    path, content = folder / FILE, {}
+    if path.exists():
+        text = read_header(path).metadata.get(MARK)
+        if text is None:
+            raise TrainingError(f"{path} is not the state of a run; name another output folder.")
+        content = dict(json.loads(text))
+    for shards in shards_in(folder)[-1:]:
+        described = describe_shards(shards)
+        if described["step"] > content.get("step", 0):
+            path, content = shards, described
+    return path, content
+
 
 def stored(folder: Path) -> dict[str, Any]:
-    """What the state in `folder` says of itself: its `step`, the `settings` it was made with; {} without one.
-
-    Raises TrainingError for a file that is no state.
-    """
-    path = folder / FILE
-    if not path.exists():
-        return {}
-    content = read_header(path).metadata.get(MARK)
-    if content is None:
-        raise TrainingError(f"{path} is not the state of a run; name another output folder.")
-    return dict(json.loads(content))
+    """What the newest state in `folder` says of itself; {} without one."""
+    return newest(folder)[1]
 
 
 def settings_changed(folder: Path, settings: RunSettings) -> str:
@@ -114,12 +166,3 @@ def load_strictly(network: nn.Module, tensors: dict[str, Tensor], origin: str) -
             f"{origin} was another network in the run that is stored there: continue with the settings it "
             "began with, or name another output folder."
         ) from None
-
-
-def restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimiser its moments back, by the number of the parameter."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, field = name.split(".", 1)
-        state.setdefault(int(index), {})[field] = tensor.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -54,6 +54,7 @@ class Task:
     start_of: dict[str, int] = field(default_factory=dict)  # step at which a player joins
     skipped: Callable[[], list[str]] = list  # samples that could not be read, and why
     key_of: Callable[[int], str] = str  # what a sample is called, by its number
+    trunks: list[nn.Module] = field(default_factory=list)  # networks in whose blocks memory can be saved
     # Writes one trained part (folder, part, averaged network, info) where that is no plain part file.
     write: Callable[[Path, str, nn.Module, PartInfo], None] | None = None
 
