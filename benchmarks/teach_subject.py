@@ -21,18 +21,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 
-from triptych.checkpoints.catalog import find_model
-from triptych.conditioning.encode import load_image_encoder
-from triptych.images import grid, to_pixels
+from triptych.evaluation.taught import measure_taught
+from triptych.images import grid
 from triptych.pipelines.cascade import Cascade
 
 NAME = "zorb"
-SUBJECT_PROMPTS = ("a picture of {word}", "a drawing of {word}", "{word} on a white background")
-OTHER_PROMPTS = ("a red apple", "a blue circle", "a green tree", "a yellow star", "a house", "a smiling face",
-                 "a car", "a flower")  # fmt: skip
 BACKGROUNDS = ("#ffffff", "#f4f0e6", "#e8f1fa", "#fdeef0", "#eef7ea")
 
 
@@ -69,40 +64,16 @@ def command(*arguments: str, folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def embeddings(images: list[Image.Image], model: str) -> torch.Tensor:
-    """(N, width), length 1, of the model's image encoder."""
-    path = find_model(model).image_encoder
-    if path is None:
-        raise SystemExit(f"{model} has no image encoder to measure with.")
-    vectors = load_image_encoder(path).encode(to_pixels(images))
-    return torch.nn.functional.normalize(vectors, dim=1)
-
-
 def measure(out: Path, model: str, word: str, seeds: int) -> dict[str, float]:
     """Draw with and without, and compare."""
-    cascade = Cascade.load(model)
+    pictures = [Image.open(path).convert("RGB") for path in sorted((out / "pictures").glob("*.png"))]
     lora = str(out / f"{NAME}.safetensors")
-    seen = [Image.open(path).convert("RGB") for path in sorted((out / "pictures").glob("*.png"))]
-
-    def pictures(prompts: tuple[str, ...], put: str, *loras: str) -> list[Image.Image]:
-        asked = tuple(prompt.format(word=put) for prompt in prompts)
-        return cascade.generate(asked, count=seeds, seed=0, lora=loras).images
-
-    shown = {
-        "with": pictures(SUBJECT_PROMPTS, f"[{NAME}]", lora),
-        "without": pictures(SUBJECT_PROMPTS, f"a {word}", lora),
-        "others_with": pictures(OTHER_PROMPTS, "", lora),
-        "others_without": pictures(OTHER_PROMPTS, ""),
-    }
-    for name, images in shown.items():
+    found = measure_taught(Cascade.load(model), lora, f"[{NAME}]", word, pictures, seeds=seeds)
+    for name, images in found.shown.items():
         grid(images, columns=max(4, seeds)).save(out / f"{name}.png")
-    taught = embeddings(seen, model)
-    found = {name: embeddings(images, model) for name, images in shown.items()}
-    near = {name: float((found[name] @ taught.T).mean()) for name in ("with", "without")}
-    moved = float(1 - (found["others_with"] * found["others_without"]).sum(1).mean())
-    gain = near["with"] - near["without"]
-    return {"near_with": near["with"], "near_without": near["without"], "gain": gain, "moved": moved,
-            "moved_share": moved / gain if gain else float("inf")}  # fmt: skip
+    share = found.moved / found.gain if found.gain else float("inf")
+    return {"near_with": found.near_with, "near_without": found.near_without, "gain": found.gain,
+            "moved": found.moved, "moved_share": share}  # fmt: skip
 
 
 def main() -> None:

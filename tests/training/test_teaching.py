@@ -20,7 +20,8 @@ from triptych.images import read_metadata
 from triptych.models.lora import merge
 from triptych.training.config import RunSettings, read_settings, shipped_recipe
 from triptych.training.loop import Progress, train
-from triptych.training.lora import build_base, following, worded
+from triptych.training.lora import build_base, following, inject, worded
+from triptych.training.prior import gated
 from triptych.training.sources import Pictures
 from triptych.training.state import under
 
@@ -150,12 +151,16 @@ def test_the_short_form_of_the_command_leaves_a_file_that_generation_wears(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = RECIPE.with_name("fixture-64.tar")
-    changes = ["steps=1", "lora.prior=0.0", "data.size=64", "data.cache=", "optim.schedule=constant"]
+    changes = ["steps=1", "data.size=64", "data.cache=", "optim.schedule=constant"]
     flags = [part for change in changes for part in ("--set", change)]
     command = ["train", "--recipe", "lora", "--data", str(data), "--name", "dog", "--model", str(model)]
     assert run([*command, *flags]) == 0
-    assert 'Try: triptych generate "a picture of [dog]" --lora dog.safetensors' in capsys.readouterr().out
-    assert (tmp_path / "runs" / "dog" / "report.html").exists()
+    told = capsys.readouterr().out
+    assert 'Try: triptych generate "a picture of [dog]" --lora dog.safetensors' in told
+    assert "Other prompts moved by 0.000." in told
+    report = (tmp_path / "runs" / "dog" / "report.html").read_text()
+    assert "What was taught" in report
+    assert "with the token" in report
     generate = ["generate", "a [dog]", "--lora", "dog.safetensors:0.5", "--model", str(model), "--seed", "1"]
     assert run(generate) == 0
     (picture,) = tmp_path.glob("*.png")
@@ -165,3 +170,44 @@ def test_the_short_form_of_the_command_leaves_a_file_that_generation_wears(
     assert again.read_bytes() == picture.read_bytes()
     assert run(["train", "--recipe", "lora", "--data", str(data)]) == 2
     assert "--name" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_peft_holds_several_adapters_on_one_network_at_once(model: Path) -> None:
+    """Attention's packed matrix is a plain linear layer, so nothing about a Stage C is special to peft."""
+    import peft
+
+    network, _ = load_part(model / "stage_c.safetensors", "stage_c", dtype=torch.float32)
+    plain, _ = load_part(model / "stage_c.safetensors", "stage_c", dtype=torch.float32)
+    target = "down_blocks.0.2.attention.attn.in_proj"
+    for name, rank in (("first", 2), ("second", 3)):
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[target])
+        peft.inject_adapter_in_model(config, network, adapter_name=name)
+    layer = network.get_submodule(target)
+    layer.set_adapter(["first", "second"])  # type: ignore[operator]
+    added = torch.zeros_like(plain.get_parameter(f"{target}.weight"))
+    for name in ("first", "second"):
+        torch.nn.init.normal_(layer.lora_B[name].weight, std=0.1)  # type: ignore[index, union-attr]
+        added += layer.lora_B[name].weight @ layer.lora_A[name].weight  # type: ignore[index, union-attr]
+    given = (torch.randn(2, 16, 2, 2), torch.tensor([0.3, 0.8]), torch.randn(2, 8, 384), torch.randn(2, 384))
+    with torch.no_grad():
+        before = plain(*given)
+        plain.get_parameter(f"{target}.weight").add_(added)
+        torch.testing.assert_close(network(*given), plain(*given), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, plain(*given))
+
+
+def test_a_gated_run_shows_other_prompts_as_the_base_draws_them(model: Path) -> None:
+    network, _ = load_part(model / "stage_c.safetensors", "stage_c", dtype=torch.float32)
+    plain, _ = load_part(model / "stage_c.safetensors", "stage_c", dtype=torch.float32)
+    own = read_settings(RECIPE, ["lora.modules=['attn']"]).lora
+    inject(network, own, "stage_c")
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    given = (torch.randn(4, 16, 2, 2), torch.rand(4), torch.randn(4, 8, 384), torch.randn(4, 384))
+    with torch.no_grad():
+        made, base, on = gated(network, [True, False])(*given), plain(*given), network(*given)
+    torch.testing.assert_close(made[1::2], base[1::2])
+    torch.testing.assert_close(made[::2], on[::2])
+    assert not torch.allclose(made[::2], base[::2], atol=1e-3)

@@ -22,7 +22,7 @@ from triptych.checkpoints.files import write_atomically
 from triptych.training.config import RunSettings
 from triptych.training.log import LEVELS
 
-FILE = "report.html"
+FILE, TAUGHT = "report.html", "taught"
 MAX_SAMPLES = 12  # grids in the report, spread over the run
 MAX_POINTS = 400  # of a curve
 MAX_SKIPPED = 50
@@ -52,6 +52,7 @@ def write_report(out: Path, settings: RunSettings, skipped: Sequence[str] = ()) 
         header(settings, lines),
         *loss_charts(lines),
         levels_chart(lines),
+        taught(out / TAUGHT),
         samples(out / "samples"),
         speed_chart(lines),
         skipped_list(skipped),
@@ -223,6 +224,27 @@ def samples(folder: Path) -> str:
         for path in reversed(chosen)
     )
     return f"<h2>Samples</h2>{figures}"
+
+
+def taught(folder: Path) -> str:
+    """What a LoRA has taught, where that was measured (see `evaluation.taught`): numbers and pictures."""
+    numbers = folder / "numbers.json"
+    if not numbers.is_file():
+        return ""
+    told = json.loads(numbers.read_text(encoding="utf-8"))
+    gain = told["near_with"] - told["near_without"]
+    figures = "".join(
+        f"<figure>{picture(path)}<figcaption>{caption}</figcaption></figure>"
+        for name, caption in (("with", "with the token"), ("without", "the same without it"),
+                              ("others_with", "other prompts, wearing the file"),
+                              ("others_without", "other prompts without it"))
+        if (path := folder / f"{name}.png").is_file()
+    )  # fmt: skip
+    return (
+        f"<h2>What was taught</h2><p>Cosine to the taught pictures: {told['near_with']:.3f} with the token, "
+        f"{told['near_without']:.3f} without it, {gain:+.3f}. Other prompts moved by {told['moved']:.3f}.</p>"
+        f"{figures}"
+    )
 
 
 def picture(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from triptych.training.config import RunSettings
     from triptych.training.loop import Progress
 
 HELP = """Train a part of a cascade from a recipe, or continue a run that stopped.
@@ -105,6 +106,8 @@ def train(
         if os.environ.get("RANK", "0") != "0":
             continue
         tell_skipped(folder)
+        if settings.recipe == "lora" and settings.lora.check and settings.lora.token:
+            tell_taught(folder, settings)
         if recipe is not None and settings.recipe == "lora":
             hand_over(folder, settings.name)
 
@@ -142,6 +145,34 @@ def tell_skipped(folder: Path) -> None:
         lines = listed.read_text(encoding="utf-8").splitlines()
         first = f"{lines[0]} and {len(lines) - 1} more" if len(lines) > 1 else lines[0]
         typer.echo(f"{len(lines)} samples could not be read: {first}; all are in {listed}", err=True)
+
+
+def tell_taught(folder: Path, settings: RunSettings) -> None:
+    """Draw with and without the token, say how they compare, and put it into the report."""
+    from triptych.evaluation.taught import measure_taught, taught_pictures
+    from triptych.images import grid
+    from triptych.pipelines.cascade import Cascade
+    from triptych.training.report import TAUGHT, write_report
+
+    cascade = Cascade.load(settings.lora.model, device=settings.device)
+    if cascade.files.image_encoder is None or not settings.data.shards:
+        return
+    typer.echo("Drawing with and without the token, to see what was taught...", err=True)
+    found = measure_taught(
+        cascade, str(folder / f"{settings.name}.safetensors"), f"[{settings.name}]", settings.lora.word,
+        taught_pictures(settings.data.shards), seeds=settings.lora.check,
+    )  # fmt: skip
+    (folder / TAUGHT).mkdir(exist_ok=True)
+    for name, images in found.shown.items():
+        grid(images, columns=8).save(folder / TAUGHT / f"{name}.png")
+    numbers = {"near_with": found.near_with, "near_without": found.near_without, "moved": found.moved}
+    (folder / TAUGHT / "numbers.json").write_text(json.dumps(numbers), encoding="utf-8")
+    left_out = folder / "skipped.txt"
+    write_report(folder, settings, left_out.read_text("utf-8").splitlines() if left_out.exists() else ())
+    typer.echo(
+        f"Cosine to the taught pictures: {found.near_with:.3f} with [{settings.name}], "
+        f"{found.near_without:.3f} without. Other prompts moved by {found.moved:.3f}."
+    )
 
 
 def hand_over(folder: Path, name: str) -> None:
