@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,8 @@ def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_pat
     assert "right" in result.output
     names = {path.name for path in (tmp_path / "new").iterdir()}
     sets = ("shapes_single", "shapes_pairs", "shapes_heldout")
-    assert names == {f"{name}.{kind}" for name in sets for kind in ("json", "jsonl", "png")}
+    kinds = ["json", "jsonl", "png", *(["parquet"] if find_spec("pyarrow") else [])]
+    assert names == {f"{name}.{kind}" for name in sets for kind in kinds}
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert [report["name"] for report in json.loads(result.stdout)] == list(sets)
 

@@ -28,6 +28,7 @@ from triptych.evaluation.metrics import (
     ssim,
     wilson,
 )
+from triptych.evaluation.perceptual import Distance
 from triptych.evaluation.prompts import IconPrompt, ShapesPrompt
 from triptych.images import to_images, to_pixels
 from triptych.pipelines.cascade import Cascade
@@ -164,13 +165,15 @@ def evaluate_reconstruction(
     seed: int = 0,
     progress: Progress | None = None,
     judge: LoadedJudge | None = None,
+    distances: Sequence[Distance] = (),
     **settings: Any,
 ) -> Report:
     """Pass pictures through Stage A alone, and through the semantic encoder, Stage B and Stage A.
 
     Takes the first `count` readable pictures of `source` whose size the model can make. PSNR and SSIM are per
-    picture, the MobileNetV2 distances both per pair and, as a Fréchet distance, of the whole set. `images`
-    holds original, Stage A and B+A in turn.
+    picture, and so are `distances` (LPIPS, DISTS: `perceptual.open_distances`); the MobileNetV2 distances are
+    both per pair and, as a Fréchet distance, of the whole set. `images` holds original, Stage A and B+A in
+    turn.
     """
     judge = judge or load_judge()
     rows: list[dict[str, Any]] = []
@@ -189,6 +192,7 @@ def evaluate_reconstruction(
             kinds[kind] += to_images(made)
             row[f"{kind} psnr"] = float(psnr(made, pixels)[0])
             row[f"{kind} ssim"] = float(ssim(made, pixels)[0])
+            row |= {f"{kind} {one.name}": float(one.of(made, pixels)[0]) for one in distances}
         kinds["original"].append(image)
         rows.append(row)
         if progress is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,26 +32,35 @@ Examples:
 
   triptych evaluate distances --data real --pictures made --features dinov2 --download
 
+  triptych evaluate scores --prompts parti --count 100 --judges clipscore,hps --weights judges
+
+  triptych evaluate scores --pictures runs/made --judges aesthetic --weights judges
+
 shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
 shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
 reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. variations: is the
 concept of an icon still seen in its variations? img2img: how much of a picture is left at each strength?
 canny, inpainting, super_resolution, pixel_super_resolution: how well pictures follow their ControlNet.
-structured: one skill at a time, as GenEval asks: counting, colours, position, binding. distances: Frechet
+structured: one skill at a time, as GenEval asks: counting, colours, position, binding. scores: any prompts,
+or pictures that hold theirs, judged by published networks: clipscore, pickscore, hps, imagereward, aesthetic,
+and detector for the things of --prompts objects. Their files are yours, in WEIGHTS/NAME; a judge that is
+missing says how to get it. lpips and dists are for reconstruction. distances: Frechet
 (FID, FD), kernel (KID), CMMD, precision and recall of a folder against another; the network comes with the
 package (mobilenet) or is downloaded with --download (clip, dinov2).
 """
 
 CONTROLS = ("canny", "inpainting", "super_resolution", "pixel_super_resolution")
-KINDS = ("shapes", "structured", "icons", "reconstruction", "variations", "img2img", *CONTROLS, "distances")
+PICTURES = ("reconstruction", "variations", "img2img", *CONTROLS)
+KINDS = ("shapes", "structured", "icons", "scores", *PICTURES, "distances")
 DEFAULT_PICTURES = {"reconstruction": 100, "variations": 40, "img2img": 20} | dict.fromkeys(CONTROLS, 100)
-PLAIN = ("psnr", "ssim", "distance")  # measures that are no shares
+# Measures that are no shares.
+PLAIN = ("psnr", "ssim", "distance", "lpips", "dists", "score", "hps", "imagereward", "aesthetic")
 
 
 def evaluate(
     what: Annotated[
         str,
-        Argument(help="shapes, structured, icons, reconstruction, variations, img2img or distances."),
+        Argument(help="shapes, structured, icons, scores, reconstruction, distances, ...: see above."),
     ],
     model: Annotated[str, Option(help="mini, cascade, cascade-lite, a hub name or a folder.")] = "mini",
     stage_c: Annotated[str | None, Option(help="Another Stage C: 3.6b, 1b or a file.")] = None,
@@ -77,7 +86,8 @@ def evaluate(
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     batch: Annotated[int | None, Option(help="Pictures that share a network call. [up to 4]")] = None,
     pictures: Annotated[
-        Path | None, Option(help="For distances: the folder to be judged, or a .npy file of features.")
+        Path | None,
+        Option(help="For scores and distances: the folder to be judged; for distances also a .npy file."),
     ] = None,
     features: Annotated[
         str, Option(help="For distances: mobilenet, clip, dinov2 or a folder; the first of a list.")
@@ -85,6 +95,13 @@ def evaluate(
     download: Annotated[
         bool, Option("--download", help="For distances: fetch the network if it is not here.")
     ] = False,
+    prompts: Annotated[
+        str, Option(help="For scores: parti, aesthetic, objects, structured, ... or a file.")
+    ] = "parti",
+    judges: Annotated[
+        str, Option(help="For scores: clipscore, hps, ..., detector; for reconstruction: lpips, dists.")
+    ] = "",
+    weights: Annotated[Path | None, Option(help="Folder with a folder of weights for every judge.")] = None,
     out: Annotated[
         Path | None, Option(help="Folder for picture grids, one JSON file and one of rows per set.")
     ] = None,
@@ -94,8 +111,13 @@ def evaluate(
         raise RequestError(f'There is nothing to evaluate called "{what}": {nearest(what, KINDS)}.')
     if what == "distances":
         return distances(data, pictures, features, download, count, json_output)
+    if pictures is not None and what != "scores":
+        raise RequestError(f"--pictures is for scores and distances only; {what} makes its own.")
+    if judges and what not in ("scores", "reconstruction"):
+        raise RequestError(f"--judges is for scores and reconstruction only; {what} has a judge of its own.")
+    names = [name.strip() for name in judges.split(",") if name.strip()]
     if pictures is not None:
-        raise RequestError(f"--pictures is for distances only; {what} makes its own.")
+        return tell([judged_pictures(pictures, names, weights, count)], out, json_output)
     if data is not None and what not in DEFAULT_PICTURES:
         raise RequestError(
             f"--data is for {', '.join(DEFAULT_PICTURES)} only; {what} has prompts of its own."
@@ -117,18 +139,72 @@ def evaluate(
     cascade = Cascade.load(
         model, stage_c=stage_c, stage_b=stage_b, stage_a=stage_a, device=device, dtype=dtype
     )
+    if what == "scores":
+        reports = judged_prompts(cascade, prompts, names, weights, range(seeds), count, settings)
+    else:
+        settings |= reconstruction_judges(names, weights)
+        reports = measured(what, cascade, range(seeds), everything, data, count, settings)
+    return tell(reports, out, json_output)
+
+
+def tell(reports: Iterable[Report], out: Path | None, json_output: bool) -> None:
+    """Print and store each report as soon as it is there."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    reports = []
-    for report in measured(what, cascade, range(seeds), everything, data, count, settings):
-        reports.append(report)
+    seen = []
+    for report in reports:
+        seen.append(report)
         if out is not None:
             save(report, out)
         if not json_output:
             show(report)
     if json_output:
-        typer.echo(json.dumps([report.as_json() for report in reports], ensure_ascii=False, indent=2))
-    return None
+        typer.echo(json.dumps([report.as_json() for report in seen], ensure_ascii=False, indent=2))
+
+
+def judged_prompts(
+    cascade: Cascade,
+    source: str,
+    names: list[str],
+    weights: Path | None,
+    seeds: range,
+    count: int | None,
+    settings: dict[str, Any],
+) -> Iterator[Report]:
+    """The report of any prompts, judged by networks and by what the prompts say."""
+    from triptych.evaluation.prompted import evaluate_prompts
+    from triptych.evaluation.prompts import study_prompts
+    from triptych.evaluation.scorers import open_scorers
+
+    detector = None
+    if "detector" in names:
+        from triptych.evaluation.detector import open_detector
+
+        detector = open_detector(weights)
+    scorers = open_scorers([name for name in names if name != "detector"], weights)
+    asked = study_prompts(source, count)
+    with pictures_progress("scores") as progress:
+        report = evaluate_prompts(cascade, asked, seeds, progress, scorers, detector, **settings)
+    yield report
+
+
+def judged_pictures(folder: Path, names: list[str], weights: Path | None, count: int | None) -> Report:
+    """The report of pictures that are there."""
+    from triptych.evaluation.prompted import evaluate_pictures
+    from triptych.evaluation.scorers import open_scorers
+
+    scorers = open_scorers(names, weights)
+    with pictures_progress("scores") as progress:
+        return evaluate_pictures(folder, scorers, count, progress)
+
+
+def reconstruction_judges(names: list[str], weights: Path | None) -> dict[str, Any]:
+    """LPIPS and DISTS, opened before anything is reconstructed."""
+    if not names:
+        return {}
+    from triptych.evaluation.perceptual import open_distances
+
+    return {"distances": open_distances(names, weights)}
 
 
 def measured(
@@ -242,14 +318,16 @@ def show(report: Report) -> None:
 
 
 def save(report: Report, out: Path) -> None:
-    """NAME.json with everything, NAME.jsonl with a row a picture, NAME.png with all pictures (for
-    reconstruction, three columns a picture)."""
+    """NAME.json with everything, NAME.jsonl (and NAME.parquet) with a row a picture, NAME.png with all
+    pictures (for reconstruction, three columns a picture)."""
+    from triptych.evaluation.tables import write_rows
     from triptych.images import grid
 
     text = json.dumps(report.as_json(), ensure_ascii=False, indent=2)
     (out / f"{report.name}.json").write_text(text + "\n", encoding="utf-8")
-    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
-    (out / f"{report.name}.jsonl").write_text(rows, encoding="utf-8")
+    write_rows(report.rows, out / report.name)
+    if not report.images:
+        return
     columns = 12 if report.name == "reconstruction" else report.columns
     sizes = {image.size for image in report.images}
     images = [image.resize(min(sizes)) for image in report.images] if len(sizes) > 1 else report.images
