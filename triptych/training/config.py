@@ -171,9 +171,6 @@ class LoraSettings(Settings):
     check: int = Field(
         0, ge=0, description="pictures a prompt drawn at the end, to measure what was taught; 0: none"
     )
-    check: int = Field(
-        0, ge=0, description="pictures a prompt drawn at the end, to measure what was taught; 0: none"
-    )
     layout: Literal["kohya", "onetrainer", "comfyui", "diffusers", "official"] = Field(
         "kohya", description="names in the file that is written"
     )
