@@ -112,6 +112,24 @@ def test_three_processes_and_an_interruption_make_the_same_pictures_as_one(
     assert len(pictures(whole)) == 20
 
 
+def test_torchrun_shares_the_work_and_changes_no_picture(study: Study, tmp_path: Path) -> None:
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    compare(study, whole)
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "triptych.apps.cli.main", "compare", str(tmp_path / "study.toml"), "--out", str(shared)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launched, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert pictures(shared) == pictures(whole)
+    ranks = {row["rank"] for name in ("short", "longer") for row in comparing.read_records(name, shared)}
+    assert ranks == {0, 1}
+    assert (shared / "index.html").is_file()
+    assert "20 pictures" not in done.stdout  # ten a system
+    assert "short: 10 pictures" in done.stdout
+
+
 def test_what_is_there_is_not_made_again_and_what_is_lost_is(study: Study, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compare(study, out)
