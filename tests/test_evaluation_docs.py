@@ -23,12 +23,16 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 SERVES = "triptych study runs/tiny/study"  # tests/apps/test_study_page.py votes on it
+TWO_SYSTEMS = (
+    "--set count=2 --set systems=[{name='a',steps=2,decoder_steps=1},{name='b',steps=1,decoder_steps=1}]"
+)
 SMALLER = {  # what makes a command quick without changing what it does
     "triptych evaluate structured --out before": "--count 1 --steps 2 --decoder-steps 1",
     "triptych evaluate structured --guidance 7 --out after": "--count 1 --steps 2 --decoder-steps 1",
-    "triptych compare recipes/tiny/study.toml": "--set count=2 "
-    "--set systems=[{name='a',steps=2,decoder_steps=1},"
-    "{name='b',steps=1,decoder_steps=1}]",
+    "triptych evaluate scores --prompts structured --count 10 --out scored": "--count 2 --steps 2 "
+    "--decoder-steps 1",
+    "triptych compare recipes/tiny/study.toml": TWO_SYSTEMS,
+    "triptych compare recipes/tiny/study.toml --report report": TWO_SYSTEMS,
 }
 
 
@@ -71,6 +75,8 @@ def test_the_page_goes_from_prompts_to_report(workplace: Path, capsys: pytest.Ca
     assert "cannot be" not in said
     for name in ("index.html", "pareto.svg", "study/report.html", "study/votes.jsonl", "study/alignment.svg"):
         assert (workplace / "runs" / "tiny" / "study" / name).is_file(), name
+    for name in ("scored/scores.jsonl", "report/README.md", "report/index.html", "report/pareto.svg"):
+        assert (workplace / name).is_file(), name
     assert SERVES in COMMANDS
 
 

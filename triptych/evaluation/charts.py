@@ -168,10 +168,15 @@ def _overlaps(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within a range."""
+    """1, 2 and 5 times powers of ten within a range, or finer steps where those are fewer than three."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [round(m * 10.0**p, 10) for p in powers for m in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
+    ticks: list[float] = []
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), [n / 10 for n in range(10, 100)]):
+        ticks = [round(m * 10.0**p, 10) for p in powers for m in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks[:: math.ceil(len(ticks) / 8) or 1]
 
 
 def _head(width: float, height: float, title: str) -> str:

@@ -21,12 +21,13 @@ from triptych.evaluation.prompts import StudyPrompt
 from triptych.evaluation.statistics import paired_difference, paired_shares
 from triptych.evaluation.tables import write_rows
 from triptych.evaluation.verdicts import MEASURES, QUALITY, can_judge, verdict_of
-from triptych.images import read_picture, replace
+from triptych.images import read_metadata, read_picture, replace
 
 if TYPE_CHECKING:
     from triptych.evaluation.detector import Detector
     from triptych.evaluation.scorers import Scorer
 
+SHOWN = ("steps", "guidance", "sampler", "decoder_steps", "decoder_guidance", "size")
 TOGETHER = 32  # pictures held in memory for a judge
 Row = dict[str, Any]
 
@@ -127,6 +128,7 @@ def standings(out: Path, rows: Sequence[Row], scorers: Sequence[str] = ()) -> li
             continue
         seconds = statistics.median(record["seconds"] for record in records)
         peaks = [(r["peak_bytes"], r["peak_of"]) for r in records if "peak_bytes" in r]
+        settings = {**settings, **_used(out, name, records[0]["stem"])}
         standing = Standing(name, settings, len(records), seconds, *(max(peaks) if peaks else (None, "")))
         own = [row for row in rows if row["system"] == name]
         judged = [row for row in own if QUALITY in row]
@@ -144,6 +146,12 @@ def standings(out: Path, rows: Sequence[Row], scorers: Sequence[str] = ()) -> li
             first = own
         found.append(standing)
     return found
+
+
+def _used(out: Path, system: str, stem: str) -> Row:
+    """The settings that a triptych system's picture was made with, defaults included."""
+    request = read_metadata(out / "pictures" / system / f"{stem}.png").get("request", {})
+    return {name: request[name] for name in SHOWN if request.get(name) is not None}
 
 
 def _paired(first: Sequence[Row], second: Sequence[Row], name: str) -> tuple[list[Any], list[Any]]:

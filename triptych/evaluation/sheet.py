@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from triptych.evaluation.charts import Point, pareto_plot
 from triptych.evaluation.compare import read_json, read_records, stored_prompts
+from triptych.evaluation.lines import read_lines
 from triptych.evaluation.metrics import Estimate
 from triptych.evaluation.scores import Standing
 from triptych.evaluation.verdicts import QUALITY
@@ -160,6 +161,7 @@ def score_plot(found: Sequence[Standing], name: str) -> str:
 def _rows(out: Path) -> list[str]:
     """One block per prompt, a line of pictures per seed."""
     prompts = stored_prompts(out)
+    scores = {(row["system"], row["stem"]): row for row in read_lines(out / "scores.jsonl") if "stem" in row}
     records = [
         (record["index"], record["seed"], order, name, record)
         for order, name in enumerate(read_json(out / "study.json")["systems"])
@@ -175,18 +177,21 @@ def _rows(out: Path) -> list[str]:
             f'<span class="quiet">{escape(kinds)}</span></p>'
         )
         for _, line in groupby(together, key=lambda found: found[1]):
-            figures = [_figure(name, record) for *_, name, record in line]
+            figures = [_figure(name, r, scores.get((name, r["stem"]), {})) for *_, name, r in line]
             rows.append(f'<div class="pictures">{"".join(figures)}</div>')
         rows.append("</div>")
     return rows
 
 
-def _figure(name: str, record: dict[str, Any]) -> str:
+def _figure(name: str, record: dict[str, Any], scores: dict[str, Any]) -> str:
     source = quote(f"pictures/{name}/{record['stem']}.png")
     width, height = record["size"]
+    told = f"{name}, seed {record['seed']}"
+    if scores.get(QUALITY) is not None:
+        told += " · right" if scores[QUALITY] else " · not right"
     return (
         f'<figure><img src="{source}" width="{width}" height="{height}" loading="lazy" alt="{escape(name)}">'
-        f"<figcaption>{escape(name)}, seed {record['seed']}</figcaption></figure>"
+        f"<figcaption>{escape(told)}</figcaption></figure>"
     )
 
 
