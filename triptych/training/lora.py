@@ -9,6 +9,7 @@ drew itself, on which the changed network must go on answering what the base ans
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ def lora_task(
         {"lora": learned}, pictures.order(cache.buckets if cache else None), load, loss, info, sample,
         players={"lora": ["lora"]}, tables={"adaptive": adaptive},
         skipped=pictures.skipped, key_of=pictures.source.key, write=write,
-        trunks=list(base.networks.values()),
+        trunks=[*base.networks.values(), text.tower],  # type: ignore[list-item]
     )  # fmt: skip
 
 
@@ -191,12 +192,15 @@ def build_base(settings: RunSettings, files: ModelFiles, device: torch.device) -
         networks[part] = network.to(device)
     for parameter in encoders.text.tower.parameters():
         parameter.requires_grad_(False)
+    if own.base != "float32":
+        store_base(encoders.text.tower, own.base)  # type: ignore[arg-type]
     table = teach(encoders.text, own, settings.name) if own.token else None
     return Base(networks, infos, encoders, table, scale, files)
 
 
 def inject(network: nn.Module, own: LoraSettings, part: str) -> float:
     """Put peft's adapters on the chosen matrices of a network; returns the scale of each change."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # peft looks for it, and it tells of GPU extensions
     try:
         import peft
     except ImportError:

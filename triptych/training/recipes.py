@@ -53,11 +53,17 @@ from triptych.training.encoders import (
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
 from triptych.training.processes import total
 from triptych.training.sources import Pictures
-from triptych.training.start import following_init, network_config, trained_info
+from triptych.training.start import LATENT, following_init, network_config, trained_info
 from triptych.training.task import Losses, Task
 from triptych.training.vqgan import stage_a_task
 
-SAMPLE_STEPS = 20  # of the sample grids
+SAMPLING = {
+    "shift": 1.0,
+    "steps": 20,
+    "guidance": 4.0,
+    "rescale": 0.7,
+    "sampler": "ddpm",
+}  # where nothing is said
 WHOLE_BATCH = 2**31  # a place that no sample has, for draws that a batch shares
 
 
@@ -231,7 +237,9 @@ def diffusion_task(
         return sample_stage_c(settings, trained["stage_c"], encoders, pictures, device)
 
     def info(part: str, network: nn.Module) -> PartInfo:
-        extra = {"prediction": settings.diffusion.prediction, **settings.diffusion.sampling}
+        side, sampling = settings.data.size, settings.diffusion.sampling
+        drawn = {} if is_b else {"default_size": [side, side], "pixels_per_latent": LATENT}
+        extra = {"prediction": settings.diffusion.prediction, **SAMPLING, **drawn, **sampling}
         return trained_info(settings, part, network, extra)
 
     return Task(
@@ -437,10 +445,10 @@ def run_sampler(
     predict: Callable[..., list[Tensor]], shape: tuple[int, ...], settings: RunSettings, device: torch.device
 ) -> Tensor:
     """x0 of a whole run from fixed noise, with the sampling defaults that the weights will carry."""
-    chosen = settings.diffusion.sampling
-    schedule = Schedule(chosen.get("shift", 1.0))
-    times, logsnrs = schedule.grid(chosen.get("steps", SAMPLE_STEPS))
-    guidance = Guidance(chosen.get("guidance", 4.0), chosen.get("rescale", 0.7))
+    chosen: dict[str, Any] = SAMPLING | settings.diffusion.sampling
+    schedule = Schedule(chosen["shift"])
+    times, logsnrs = schedule.grid(chosen["steps"])
+    guidance = Guidance(chosen["guidance"], chosen["rescale"])
     denoise = Denoiser(predict, schedule, settings.diffusion.prediction, guidance)
     generators = [torch.Generator().manual_seed(row) for row in range(shape[0])]
 
@@ -448,7 +456,7 @@ def run_sampler(
         return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
     x0 = None
-    for step in SAMPLERS[chosen.get("sampler", "ddpm")](denoise, noise(-1), times, logsnrs, noise):
+    for step in SAMPLERS[chosen["sampler"]](denoise, noise(-1), times, logsnrs, noise):
         x0 = step.x0
     assert x0 is not None
     return x0

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import nn
 
+from triptych.checkpoints.catalog import find_model
 from triptych.checkpoints.files import PartInfo, read_tensors
 from triptych.checkpoints.fit import identify
 from triptych.checkpoints.headers import part_info
 from triptych.checkpoints.load import NETWORKS, config_fields, describe_part, read_part
 from triptych.checkpoints.lora_merge import with_licence
 from triptych.errors import CheckpointError, SettingsError, nearest
-from triptych.training.config import RunSettings
+from triptych.training.config import DataSettings, RunSettings
 from triptych.training.encoders import part_path
 from triptych.training.state import load_strictly
 
@@ -36,6 +37,9 @@ LATENT = 32  # pixels of a training picture for one number of its semantic laten
 
 def following_init(settings: RunSettings) -> RunSettings:
     """The settings with what the weights they begin with decide. Raises SettingsError when there are none."""
+    if settings.recipe == "lora":
+        taught = describe_part(find_model(settings.lora.model).stage_c, "stage_c").settings
+        return settings.model_copy(update={"data": sized_for(settings.data, taught)})
     if settings.init is None or settings.recipe not in TRAINED:
         return settings
     trained = TRAINED[settings.recipe]
@@ -51,16 +55,21 @@ def following_init(settings: RunSettings) -> RunSettings:
 
 def following_stated(settings: RunSettings, stated: Mapping[str, Any]) -> RunSettings:
     """The settings of Stage B or C with what the file of its first weights says about generation."""
-    diffusion, data = settings.diffusion, settings.data
+    diffusion = settings.diffusion
     prediction = diffusion.prediction
     if "prediction" not in diffusion.model_fields_set:
         prediction = stated.get("prediction", prediction)
     sampling = {name: value for name, value in stated.items() if name != "prediction"} | diffusion.sampling
-    if "size" not in data.model_fields_set and "default_size" in stated:
-        side = stated["default_size"][0] / float(stated.get("pixels_per_latent", LATENT))
-        data = data.model_copy(update={"size": LATENT * round(side)})
     changed = diffusion.model_copy(update={"prediction": prediction, "sampling": sampling})
-    return settings.model_copy(update={"diffusion": changed, "data": data})
+    return settings.model_copy(update={"diffusion": changed, "data": sized_for(settings.data, stated)})
+
+
+def sized_for(data: DataSettings, stated: Mapping[str, Any]) -> DataSettings:
+    """The pictures' size where none is asked for: that of the latents the model draws by default."""
+    if "size" in data.model_fields_set or "default_size" not in stated:
+        return data
+    side = stated["default_size"][0] / float(stated.get("pixels_per_latent", LATENT))
+    return data.model_copy(update={"size": LATENT * round(side)})
 
 
 def start_path(settings: RunSettings, part: str) -> Path:
