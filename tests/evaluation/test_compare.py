@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from triptych import Cascade
@@ -273,6 +274,19 @@ def test_the_command_leaves_a_sheet_that_needs_nothing_from_outside(
         run(["compare", str(tmp_path / "study.toml"), "--out", str(out), "--set", "count=2", "--json"]) == 0
     )
     assert [s["name"] for s in json.loads(capsys.readouterr().out)["systems"]] == ["short", "longer"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a peak anew")
+def test_the_memory_of_a_group_is_its_own() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the device's memory is told")
+    comparing._reset_memory()
+    held = bytearray(300 * 2**20)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])
+    large = comparing._memory()["peak_bytes"]
+    del held
+    comparing._reset_memory()
+    assert comparing._memory()["peak_bytes"] < large - 200 * 2**20
 
 
 def test_torchruns_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

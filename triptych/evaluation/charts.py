@@ -120,7 +120,7 @@ def pareto_plot(title: str, points: Sequence[Point], measure: str, share: bool =
     path = " ".join(f"{x(p.seconds)},{y(p.quality.value)}" for p in front)
     parts.append(f'<polyline points="{path}" fill="none" stroke="{WIN}" stroke-width="2" opacity="0.6"/>')
     names = {point.name for point in front}
-    places = _label_places([(x(p.seconds), y(p.quality.value), p.name) for p in points], top, right)
+    places = _label_places([(x(p.seconds), y(p.quality.value), p.name) for p in points], top, right, bottom)
     for point, (text_x, text_y, anchor) in zip(points, places, strict=True):
         colour, at, level = (WIN if point.name in names else LOSS), x(point.seconds), y(point.quality.value)
         parts.append(_line(at, y(point.quality.low), at, y(point.quality.high), colour, 1.5, opacity=0.5))
@@ -139,7 +139,7 @@ def _quality_range(points: Sequence[Point], share: bool) -> tuple[float, float]:
 
 
 def _label_places(
-    points: Sequence[tuple[float, float, str]], top: float, right: float
+    points: Sequence[tuple[float, float, str]], top: float, right: float, bottom: float
 ) -> list[tuple[float, float, str]]:
     """Where each point's name stands: x, y and anchor, beside its point and clear of the names before it."""
     taken: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
@@ -147,11 +147,11 @@ def _label_places(
     for x, y, name in points:
         width = 6.6 * len(name)
         found = None
-        for shift in (-8, 16, -22, 30, -36, 44):
+        for shift in (-8, 16, -22, 30, -36, 44, -50, -64, -78):
             for start, anchor in ((x + 9, "start"), (x - 9, "end")):
                 first = start if anchor == "start" else start - width
                 box = (first, y + shift - 10, first + width, y + shift + 2)
-                inside = first > 66 and first + width < right + 38 and box[1] > top - 12
+                inside = first > 66 and first + width < right + 38 and top - 12 < box[1] and box[3] < bottom
                 if inside and not any(_overlaps(box, other) for other in taken):
                     found = (start, y + shift, anchor, box)
                     break

@@ -25,6 +25,7 @@ from PIL import Image
 
 from triptych.errors import DataError
 from triptych.evaluation.compare import read_json, read_records, stored_prompts
+from triptych.evaluation.lines import read_lines
 from triptych.evaluation.metrics import Estimate
 from triptych.evaluation.scores import Standing
 from triptych.evaluation.sheet import (
@@ -36,6 +37,7 @@ from triptych.evaluation.sheet import (
     systems_table,
     write_plots,
 )
+from triptych.evaluation.verdicts import QUALITY
 from triptych.images import cover, grid, read_picture, replace
 
 MEGABYTE = 1_000_000
@@ -142,12 +144,13 @@ def _write_pages(
     order = f"systems from left to right: {', '.join(study['systems'])}."
     told = f"{len(shown)} of {whole} prompts and seeds; {order}"
     prompts = stored_prompts(out)
+    right = _right(out)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(made(study, found))}</p>", systems_table(found)]
     parts += [*measure_tables(found), *plots.values(), f"<h2>Pictures</h2>\n<p>{escape(told)}</p>"]
     for line in shown:
         prompt = prompts[line.index]
         about = (str(line.index), prompt.source, prompt.category, f"seed {line.seed}")
-        quiet = " · ".join(filter(None, about))
+        quiet = " · ".join(filter(None, (*about, right.get((line.index, line.seed)))))
         parts.append(
             f'<div class="row"><p>{escape(prompt.prompt)}<br><span class="quiet">{escape(quiet)}</span></p>'
             f'<img class="strip" src="strips/{_strip_name(line)}" loading="lazy" alt=""></div>'
@@ -155,6 +158,16 @@ def _write_pages(
     body = f"<style>{STRIP_STYLE}</style>\n" + "\n".join(parts)
     replace(folder / "index.html", page(title, body).encode())
     replace(folder / "README.md", _readme(title, study, found, plots, shown, told).encode())
+
+
+def _right(out: Path) -> dict[tuple[int, int], str]:
+    """Which systems a judge found right, by prompt and seed; nothing where none looked."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for row in read_lines(out / "results.jsonl"):
+        if row.get(QUALITY) is not None:
+            names = found.setdefault((row["index"], row["seed"]), [])
+            names += [row["system"]] if row[QUALITY] else []
+    return {key: f"right: {', '.join(names) or 'none'}" for key, names in found.items()}
 
 
 def made(study: dict[str, Any], found: Sequence[Standing]) -> str:
