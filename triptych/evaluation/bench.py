@@ -279,7 +279,7 @@ def bench_stage_a(plan: Plan, device: torch.device, progress: Progress) -> Measu
 
 
 def bench_loading(plan: Plan, dtype: torch.dtype, progress: Progress) -> Measured:
-    """From a Stage C file to a network whose every number was read once."""
+    """From a bfloat16 file of Stage C to a network whose every number was read once."""
     config = stage_c_config(plan)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -290,9 +290,10 @@ def bench_loading(plan: Plan, dtype: torch.dtype, progress: Progress) -> Measure
         (theirs,) = {path.parent for path in convert_file(own, folder / "prior", "diffusers")}
         unet = import_theirs().unet
 
-        def ours() -> Iterator[Tensor]:
+        def ours() -> Iterator[nn.Module]:
             while True:
-                yield touched(load_part(own, "stage_c")[0].to(dtype))
+                # Looking for NaN reads every number, and so does widening: nothing is left to touch.
+                yield load_part(own, "stage_c")[0].to(dtype)
 
         def diffusers() -> Iterator[Tensor]:
             while True:
