@@ -6,7 +6,8 @@ The network has the depth of the 1B model (4, 12, 12, 4 blocks of three layers) 
 of 1536, on latents of 24 x 24 (1024 pixels). The reference is the published step with the same weights in
 diffusers' StableCascadeUNet: noise, prediction, P2-weighted error, gradient norm clipped to 1, plain AdamW.
 Ours is `triptych.training.loop.update` as `triptych train` calls it. Both take turns in one process; times
-are medians. The floor is the matrix products and attention of our step, forward and backward, timed alone.
+are medians of processor time, which other programs disturb less than wall time. The floor is the matrix
+products and attention of our step, forward and backward, timed alone.
 
 A second table adds the frozen semantic encoder (at its published size) and a text tower as narrow as the
 network: the published trainer runs them at every step, ours reads what they said from a cache.
@@ -85,7 +86,7 @@ def main() -> None:
             chosen.repeats,
         )
         products = record_products(lambda: with_gradients(ours, encoded))
-    floor = time_products(products)
+    floor = time_products(products, clock=time.process_time)
     print(table(seconds, floor, chosen, sum(p.numel() for p in network.parameters())))
 
 
@@ -184,10 +185,10 @@ def take_turns(contenders: dict[str, Callable[[], object]], repeats: int) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, call in contenders.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     return {name: median(times) for name, times in seconds.items()}
 
 

@@ -96,19 +96,23 @@ def record_products(call: Callable[[], Any]) -> Counter[Product]:
 
 
 @torch.no_grad()
-def time_products(products: Counter[Product], wait: Callable[[], None] = lambda: None) -> float:
+def time_products(
+    products: Counter[Product],
+    wait: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds that all `products` take one after the other, each kind timed apart (median of 3 runs).
 
-    `wait` returns when the device has finished.
+    `wait` returns when the device has finished; `clock` tells the time in seconds.
     """
     total = 0.0
     for product, count in products.items():
         arguments, named = _thawed(product.arguments), {k: _thawed(v) for k, v in product.named}
         seconds = []
         for _ in range(RUNS):
-            start = time.perf_counter()
+            start = clock()
             product.operator(*arguments, **named)
             wait()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         total += count * median(seconds)
     return total

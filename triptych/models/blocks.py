@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.models.fused import add_perceptron, is_plain
+from triptych.models.response import Response
 from triptych.models.scratch import Scratch, keep, spread
 
 NORM_EPS = 1e-6
@@ -78,7 +79,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        # vector_norm has gradient 0 where a channel is exactly zero; sqrt of a sum of squares has NaN there.
+        if torch.is_grad_enabled():
+            return Response.apply(x, self.gamma, self.beta, NORM_EPS)  # type: ignore[no-any-return]
         # The sum over a large map leaves float16's range, hence float32.
         energy = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32)
         return torch.addcmul(self.beta, x, self.scale(energy, x.dtype)[:, None, None])
