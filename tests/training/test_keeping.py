@@ -26,6 +26,7 @@ from triptych.data.batches import load_batch, order_of
 from triptych.data.buckets import Bucket
 from triptych.data.shards import ShardIndex
 from triptych.errors import CapacityError, CheckpointError, TrainingError
+from triptych.training.changes import FIXED, FREE, flat, within
 from triptych.training.config import RunSettings, read_settings
 from triptych.training.loop import Progress, train, train_task
 from triptych.training.state import stored
@@ -224,6 +225,12 @@ def test_settings_that_may_change_are_named_and_used(tmp_path: Path) -> None:
     more = ["optim.kind=muon", "steps=3"]
     with pytest.raises(TrainingError, match=r'cannot change within a run: optim.kind "adamw" -> "muon"'):
         train(read_settings(RECIPES / "semantic.toml", [*changes, *more]))
+
+
+def test_what_may_change_is_told_by_names_that_exist() -> None:
+    known = flat(RunSettings(recipe="lora", out="").model_dump())
+    for name in (*FIXED, *FREE):
+        assert any(within(setting, (name,)) for setting in known), name
 
 
 def test_damaged_pictures_and_tars_are_skipped_counted_and_named(tmp_path: Path) -> None:

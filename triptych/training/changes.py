@@ -11,8 +11,9 @@ from triptych.training.config import RunSettings
 
 # What the stored weights and moments are made for: other values would mean another run.
 FIXED = (
-    "recipe", "size", "network", "optim.kind", "diffusion.prediction", "control.hint", "lora.model",
-    "lora.parts", "lora.kind", "lora.rank", "lora.alpha", "lora.modules", "lora.token", "lora.token_vectors",
+    "recipe", "size", "network", "optim.kind", "ema.enabled", "diffusion.prediction", "control.hint",
+    "lora.model", "lora.parts", "lora.kind", "lora.rank", "lora.alpha", "lora.modules", "lora.token",
+    "lora.token_vectors",
 )  # fmt: skip
 # What no weight depends on.
 FREE = (
