@@ -116,7 +116,8 @@ def widened(block: nn.Module, scales: dict[int, Tensor], device: str) -> Iterato
 
     Widening is part of the graph, so gradients arrive at the stored weights.
     """
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if mixed else torch.float32
     stored: list[tuple[nn.Module, str, nn.Parameter]] = []
     wide: dict[int, Tensor] = {}
     for owner in block.modules():

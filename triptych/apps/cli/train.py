@@ -62,6 +62,9 @@ def train(
         typer.Option(help="what is taught: [NAME] in prompts, and NAME.safetensors", metavar="NAME"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the model that is taught, for --recipe")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="say what memory it will take, and do not train")
+    ] = False,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting (repeatable)")
     ] = None,
@@ -84,6 +87,13 @@ def train(
         raise SettingsError("There is no recipe: name a .toml file, a folder of them, or --recipe lora.")
     runs = [read_settings(file, given) for file in files]  # all are checked before the first trains
     runs.sort(key=lambda settings: ORDER.index(settings.recipe))
+    if plan:
+        from triptych.training.plan import plan_memory, show_plan
+
+        for settings in runs:
+            typer.echo(f"{settings.name or settings.recipe}, at the fullest moment of a step:")
+            typer.echo(show_plan(plan_memory(settings)))
+        return
     from triptych.training.loop import train as run
     from triptych.training.stopping import stop_on_signals
 

@@ -1,0 +1,122 @@
+"""The memory that is foretold is the memory that is taken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from triptych.apps.cli.main import app
+from triptych.errors import SettingsError
+from triptych.training.config import RunSettings, check_settings
+from triptych.training.plan import plan_memory, show_plan
+
+GIB = 2**30
+THRIFTY: dict[str, Any] = {
+    "checkpointing": True, "weights": "bfloat16", "ema": {"enabled": False},
+    "optim": {"kind": "adafactor", "fused_backward": True, "clip_by": "layer"},
+}  # fmt: skip
+
+# Runs one training and prints by how many bytes its private memory grew at most.
+MEASURE = """
+import json, re, sys, threading, time
+from pathlib import Path
+
+import torch
+
+from triptych.training.config import RunSettings
+from triptych.training.loop import train
+import triptych.training.recipes, transformers.optimization
+
+def private():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+settings = RunSettings.model_validate(json.loads(sys.argv[1]))
+torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
+start, peak, going = private(), 0, True
+
+def watch():
+    global peak
+    while going:
+        peak = max(peak, private())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+train(settings)
+going = False
+thread.join()
+print(peak - start)
+"""
+
+
+def run_settings(out: Path, **changes: Any) -> RunSettings:
+    raw: dict[str, Any] = {
+        "recipe": "stage_c", "out": str(out), "size": "mini", "steps": 2, "batch": 8, "save_every": 99,
+        "sample_every": 99, "data": {"shapes": 8, "size": 256, "readers": 0}, "tensorboard": False,
+        "sample_prompts": ["a red apple"],
+        "network": {"widths": [512, 512], "heads": [8, 8], "cond_width": 512, "down_blocks": [1, 3],
+                    "up_blocks": [3, 1]},
+    }  # fmt: skip
+    return check_settings(raw | changes, "test")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads private memory from /proc")
+def test_the_measured_peak_is_within_15_percent_of_the_plan(tmp_path: Path) -> None:
+    settings = run_settings(tmp_path)
+    planned = plan_memory(settings).total
+    command = [sys.executable, "-c", MEASURE, json.dumps(settings.model_dump(mode="json"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured = int(done.stdout.splitlines()[-1])
+    assert measured == pytest.approx(planned, rel=0.15), show_plan(plan_memory(settings))
+
+
+@pytest.mark.parametrize(("size", "limit"), [("1b", 6), ("3.6b", 14)])
+def test_full_fine_tuning_at_1024_fits_a_consumer_card(tmp_path: Path, size: str, limit: int) -> None:
+    data = {"shapes": 8, "size": 768, "cache": "cache"}  # 24 x 24 latents, as 1024 x 1024 pictures have
+    settings = run_settings(tmp_path, size=size, batch=1, network={}, data=data, **THRIFTY)
+    assert plan_memory(settings).total < limit * GIB
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "limit"),
+    [("cascade", "bfloat16", 10), ("cascade", "int8", 6), ("cascade-lite", "bfloat16", 4)],
+)
+def test_a_lora_at_1024_fits_a_smaller_one(tmp_path: Path, model: str, base: str, limit: int) -> None:
+    pytest.importorskip("peft")
+    settings = run_settings(
+        tmp_path, recipe="lora", name="dog", batch=1, checkpointing=True, size="tiny", network={},
+        data={"shapes": 8, "size": 768, "cache": "cache"}, lora={"model": model, "base": base, "prior": 0.0},
+    )  # fmt: skip
+    assert plan_memory(settings).total < limit * GIB
+
+
+def test_the_command_prints_the_plan_and_does_not_train(tmp_path: Path) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        f'recipe = "stage_c"\nout = "{tmp_path.as_posix()}/out"\nsize = "tiny"\n[data]\nshapes = 4\n'
+    )
+    result = CliRunner().invoke(app, ["train", str(recipe), "--plan"])
+    assert result.exit_code == 0, result.output
+    for part in (
+        "weights",
+        "gradients",
+        "optimiser",
+        "average",
+        "maps",
+        "frozen parts",
+        "loader",
+        "together",
+    ):
+        assert part in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_that_are_not_counted_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not of semantic"):
+        plan_memory(run_settings(tmp_path, recipe="semantic", network={}))
