@@ -73,7 +73,8 @@ def part_path(part: str, given: str, setting: str = "") -> Path:
         if not folder.is_dir():
             known = (*PACKAGED, *PUBLISHED)
             raise SettingsError(f'{setting}: there is no model or file "{given}"; {nearest(given, known)}.')
-        found = scan(folder, {}, {}).get(part)
+        own = folder / f"{part}.safetensors"  # a run's folder also holds files that are no part
+        found = own if own.is_file() else scan(folder, {}, {}).get(part)
     if found is None:
         raise SettingsError(f'{setting}: the model "{given}" has no {part}; train one, or name its file.')
     return found
