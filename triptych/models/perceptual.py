@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class Trunk(nn.Module):
         """The last activation of every stage; `pool` replaces the poolings."""
         found = []
         for start, end in self.stages:
-            for layer in self.features[start:end]:
+            for layer in list(self.features)[start:end]:
                 x = pool(x) if pool is not None and isinstance(layer, nn.MaxPool2d) else layer(x)
             found.append(x)
         return found
@@ -133,7 +132,7 @@ class Dists(nn.Module):
             )
             structure.append((2 * covariance + DISTS_EPS) / (spread + DISTS_EPS))
         alike = torch.cat(texture, 1) @ self.alpha + torch.cat(structure, 1) @ self.beta
-        return cast(Tensor, 1 - alike / (self.alpha.sum() + self.beta.sum()))
+        return 1 - alike / (self.alpha.sum() + self.beta.sum())
 
     def _seen(self, pixels: Tensor) -> list[Tensor]:
         return [pixels, *self.trunk(_scaled(pixels, RGB_MEAN, RGB_STD), self.pool)]
@@ -145,7 +144,7 @@ class RootMeanPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bell = x.new_tensor([0.25, 0.5, 0.25])
         kernel = (bell[:, None] * bell).expand(x.shape[1], 1, 3, 3)
-        return cast(Tensor, (F.conv2d(x.square(), kernel, None, 2, 1, 1, x.shape[1]) + POOL_EPS).sqrt())
+        return (F.conv2d(x.square(), kernel, None, 2, 1, 1, x.shape[1]) + POOL_EPS).sqrt()
 
 
 def _scaled(x: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
