@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -44,9 +45,10 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split tensors put together on the CPU of the first process; every process must call this."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor().detach().cpu()
         if leads():
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+            found[name] = tensor
     return found
 
 
@@ -69,7 +71,7 @@ def write_shards(folder: Path, step: int, tensors: Mapping[str, Tensor], content
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     try:
-        checkpoint.save(dict(tensors), checkpoint_id=partial)
+        save(dict(tensors), checkpoint_id=partial)
     except CheckpointException as error:
         reasons = [wrapped[0] for wrapped in error.failures.values()]
         if any(isinstance(reason, OSError) and reason.errno in DISK_FULL for reason in reasons):
@@ -108,5 +110,5 @@ def read_shards(path: Path, target: Callable[[str, torch.Size, torch.dtype], Ten
     }
     with warnings.catch_warnings():  # it says that there is one process
         warnings.simplefilter("ignore")
-        checkpoint.load(tensors, checkpoint_id=path, no_dist=world() == 1)
+        load(tensors, checkpoint_id=path, no_dist=world() == 1)
     return tensors
