@@ -18,6 +18,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("apps",),
+    ("__main__",),
 )
 # Neighbours on a line that may meet.
 FRIENDS = {("models", "errors"), ("diffusion", "errors")}
