@@ -123,7 +123,7 @@ def need_of(
 
 def text_working(shapes: Mapping[str, tuple[int, ...]], item: int) -> int:
     """Bytes a text tower works in: a few windows of at most 77 tokens, in maps four times its width."""
-    widest = max(shape[-1] for shape in shapes.values() if shape)
+    widest = max((shape[-1] for shape in shapes.values() if shape), default=0)
     return 8 * 77 * 4 * widest * item
 
 

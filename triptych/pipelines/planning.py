@@ -47,16 +47,16 @@ def _batches(request: Request) -> int:
     return -(-len(request.prompts) * request.count // (request.batch or MAX_BATCH))
 
 
-def needs_of(parts: Parts, request: Request) -> list[Need]:
+def needs_of(parts: Parts, request: Request, planned: Sequence[str] = PLANNED) -> list[Need]:
     """What each planned part of the model needs for this request."""
     item, pictures = parts.dtype.itemsize, min(request.batch or 1, len(request.prompts) * request.count)
     height, width = request.sides()
     stage_c = StageCConfig(**parts.info("stage_c").config)
     stage_b = StageBConfig(**parts.info("stage_b").config)
     stage_a = StageAConfig(**parts.info("stage_a").config)
-    shapes = {part: parts.shapes(part) for part in PLANNED}
+    shapes = {part: parts.shapes(part) for part in planned}
     working = {
-        "text_encoder": text_working(shapes["text_encoder"], item),
+        "text_encoder": text_working(shapes.get("text_encoder", {}), item),
         "stage_c": trunk_working(stage_c, *parts.size_c(height, width), pictures, item),
         "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
         "stage_a": decode_working(stage_a, height, width),
@@ -72,7 +72,7 @@ def needs_of(parts: Parts, request: Request) -> list[Need]:
             parts.device.type,
             tiles.get(part, ()),
         )
-        for part in PLANNED
+        for part in planned
     ]
 
 

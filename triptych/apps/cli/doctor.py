@@ -44,9 +44,9 @@ WORDS = {
     "streamed": "streamed",
 }
 STAGES = {"text_encoder": "text", "stage_c": "C", "stage_b": "B", "stage_a": "A"}
-LEGEND = """Weights are in memory as they compute (from the mapped file where that is the same), or as stored and
-widened block by block, or as int8 rows, or streamed from the file. Memory is private memory over that of an
-empty process."""
+LEGEND = """Weights are in memory as they compute (from the mapped file where that is the same), as stored and
+widened block by block, as int8 rows, or streamed from the file. Memory is private, over that of an empty
+process."""
 
 
 def doctor(

@@ -1,0 +1,265 @@
+"""Peak private memory of one step of each stage at full size, against what the planner foretells.
+
+    python benchmarks/memory.py --pair cascade-lite --size 1024x1024 --weights narrow
+    python benchmarks/memory.py --pair cascade --size 1024x1024 --weights int8 --limit 6GiB
+    python benchmarks/memory.py --errors
+
+Weights are random, in files of the published layout and of bfloat16, written into --folder unless they are
+there already (7 GB for the larger pair). Memory is what the process has that no file backs (RssAnon), sampled
+every few milliseconds, over what it had before the first weight was there; pages of the mapped files are
+told apart. --weights: exact (whatever fits --limit without rounding), narrow, int8 or streamed. With --limit
+the exit status is 1 when the peak is above it. --errors prints how far int8 networks are from exact ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triptych import Cascade
+from triptych.checkpoints.catalog import PUBLISHED, ModelFiles
+from triptych.checkpoints.files import write_tensors
+from triptych.checkpoints.keys import names_in_layout
+from triptych.checkpoints.load import load_part
+from triptych.conditioning.encode import Conditioning
+from triptych.models.stage_a import STAGE_A, StageA
+from triptych.models.stage_b import STAGE_B, StageB
+from triptych.models.stage_c import STAGE_C, StageC
+from triptych.pipelines.capacity import KEPT_SHARE, TRUNKS, Plan, peak, private_memory, room_on
+from triptych.pipelines.inputs import NOTHING
+from triptych.pipelines.needs import Need
+from triptych.pipelines.parts import Parts
+from triptych.pipelines.placement import Placement, Weights, place
+from triptych.pipelines.planning import needs_of, plan
+from triptych.pipelines.request import Request
+from triptych.pipelines.stages import Batch, Run
+
+STAGES = ("stage_c", "stage_b", "stage_a")
+POOL = 2**22  # random numbers, dealt out again and again
+TOKENS = 77
+SAMPLE_SECONDS = 0.004
+MIB = 2**20
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """The tensors of a network, one at a time, random and small enough to keep its maps finite."""
+
+    def __init__(self, network: nn.Module, part: str, dtype: torch.dtype) -> None:
+        theirs = names_in_layout(network.state_dict(), "official", part)
+        self.shapes = {theirs[name][0]: tensor.shape for name, tensor in network.state_dict().items()}
+        self.dtype = dtype
+        self.pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        if name.endswith("num_batches_tracked"):
+            return torch.tensor(0)
+        if name.endswith("running_var"):
+            return torch.ones(shape, dtype=self.dtype)
+        count = math.prod(shape)
+        fan_in = max(1, math.prod(shape[1:]))
+        start = sum(name.encode()) % 1000
+        numbers = self.pool[start:].repeat(-(-count // (POOL - start)))[:count]
+        return (numbers * (0.5 / math.sqrt(fan_in))).view(shape).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def write_pair(pair: str, folder: Path) -> ModelFiles:
+    """Files of a published pair with random weights, made unless they are there."""
+    sizes = PUBLISHED[pair]
+    builds: dict[str, tuple[Any, Any, torch.dtype]] = {
+        "stage_c": (StageC, STAGE_C[sizes.stage_c], torch.bfloat16),
+        "stage_b": (StageB, STAGE_B[sizes.stage_b], torch.bfloat16),
+        "stage_a": (StageA, STAGE_A["full"], torch.float32),
+    }
+    paths = {}
+    for part, (build, config, dtype) in builds.items():
+        paths[part] = folder / f"{pair}-{part}.safetensors"
+        if not paths[part].is_file():
+            with torch.device("meta"):
+                network = build(config)
+            write_tensors(paths[part], RandomWeights(network, part, dtype))
+    return ModelFiles(pair, **paths, text_encoder=Path(), tokenizer=None)
+
+
+class Sampler:
+    """The most that no file backs, and the most that files back, since the last `reset`."""
+
+    def __init__(self) -> None:
+        self.base = private_memory()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.reset()
+        self._thread.start()
+
+    def reset(self) -> None:
+        self.private = self.mapped = 0
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            said = Path("/proc/self/status").read_text()
+            anonymous, files = (
+                int(re.search(rf"^{name}:\s+(\d+)", said, re.M)[1]) * 1024  # type: ignore[index]
+                for name in ("RssAnon", "RssFile")
+            )
+            self.private = max(self.private, anonymous - self.base)
+            self.mapped = max(self.mapped, files)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def plan_for(needs: list[Need], weights: str, room: int) -> Plan:
+    """The plan asked for by name, or the planner's own within `room`."""
+    places: dict[str, Weights] = {"narrow": "narrow", "int8": "int8", "streamed": "streamed"}
+    if weights not in places:
+        chosen = plan(needs, room)
+        if chosen is None:
+            raise SystemExit("Nothing fits this limit.")
+        return chosen
+    own = {need.stage: places[weights] if need.stage in TRUNKS else "resident" for need in needs}
+    fitted = plan(needs, room, low_memory=weights == "streamed", int8=weights == "int8" or None)
+    tile = fitted.tile if fitted is not None else None
+    kept = min(256 * MIB, room // KEPT_SHARE)
+    return Plan(own, keep=False, tile=tile, kept_bytes=kept)  # type: ignore[arg-type]
+
+
+def measure_steps(files: ModelFiles, request: Request, weights: str, room: int) -> list[dict[str, Any]]:
+    """One step of each stage: what was foretold and what was measured, in bytes, and seconds."""
+    sampler = Sampler()
+    parts = Parts(files, torch.device("cpu"), torch.float32)
+    needs = needs_of(parts, request, STAGES)
+    chosen = plan_for(needs, weights, room)
+    parts.arrange(chosen)
+    parts._checked.update(STAGES)  # looking for NaN reads whole files, which is no part of a step
+    batch = random_batch(parts, request)
+    run = Run(parts, request, NOTHING)
+    rows = []
+    with torch.no_grad():
+        for need, steps in zip(needs, (run.compose, run._stage_b, run._stage_a), strict=True):
+            sampler.reset()
+            start = time.perf_counter()
+            for _ in steps(batch):
+                pass
+            seconds = time.perf_counter() - start
+            foretold = peak([need], replace(chosen, weights={need.stage: chosen.weights[need.stage]}))
+            rows.append(
+                {
+                    "stage": need.stage,
+                    "weights": chosen.weights[need.stage],
+                    "foretold": foretold,
+                    "measured": sampler.private,
+                    "mapped": sampler.mapped,
+                    "seconds": round(seconds, 1),
+                }
+            )
+            print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+    sampler.close()
+    rows[0]["tile"] = chosen.tile
+    return rows
+
+
+def random_batch(parts: Parts, request: Request) -> Batch:
+    """One picture with random conditions."""
+    config = parts.info("stage_c").config
+    draw = torch.Generator().manual_seed(1)
+    told = [
+        Conditioning(
+            torch.randn(1, TOKENS, config["text_width"], generator=draw),
+            torch.randn(1, 1, config["pooled_width"], generator=draw),
+            torch.zeros(1, 1, config["image_width"]),
+        )
+        for _ in range(2)
+    ]
+    return Batch(request.pictures(), *told)
+
+
+def int8_errors(files: ModelFiles) -> dict[str, float]:
+    """Relative error of the prediction of Stages C and B with int8 weights, on random inputs."""
+    found = {}
+    for part in TRUNKS:
+        answers = []
+        for weights in ("streamed", "int8"):
+            network, info = load_part(getattr(files, part), part, finite=False)
+            place(network, Placement(torch.device("cpu"), torch.float32, weights))  # type: ignore[arg-type]
+            draw, config = torch.Generator().manual_seed(2), info.config
+            pooled = torch.randn(1, 1, config["pooled_width"], generator=draw)
+            if part == "stage_c":
+                x = torch.randn(1, config["channels"], 8, 8, generator=draw)
+                rest = (torch.randn(1, TOKENS, config["text_width"], generator=draw), pooled)
+            else:
+                x = torch.randn(1, config["channels"], 64, 64, generator=draw)
+                rest = (torch.randn(1, config["semantic_channels"], 8, 8, generator=draw), pooled)
+            with torch.no_grad():
+                answers.append(network(x, torch.tensor([0.5]), *rest))
+            del network
+        exact, rounded = answers
+        found[part] = float((exact - rounded).norm() / exact.norm())
+    return found
+
+
+@contextmanager
+def folder_or_temporary(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pair", choices=sorted(PUBLISHED), default="cascade-lite")
+    parser.add_argument("--size", default="1024x1024")
+    parser.add_argument("--weights", choices=("exact", "narrow", "int8", "streamed"), default="narrow")
+    parser.add_argument("--limit", default=None)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--errors", action="store_true")
+    given = parser.parse_args()
+    asked = {"size": given.size, "max_memory": given.limit, "batch": 1, "device": "cpu", "dtype": "float32"}
+    request = Request(prompt="", **asked).replaced(
+        seed=1, steps=1, guidance=4.0, sampler="ddpm", decoder_steps=1, decoder_guidance=1.1,
+        decoder_sampler="ddpm",
+    )  # fmt: skip
+    with folder_or_temporary(given.folder) as folder:
+        if given.errors:
+            errors = {"mini": int8_errors(Cascade.load("mini").files)}
+            errors[given.pair] = int8_errors(write_pair(given.pair, folder))
+            print(json.dumps(errors, indent=1))
+            return 0
+        files = write_pair(given.pair, folder)
+        limit = request.max_memory
+        room = room_on(torch.device("cpu"), None) if limit is None else limit
+        rows = measure_steps(files, request, given.weights, room)
+    worst = max(row["measured"] for row in rows)
+    print(json.dumps({"pair": given.pair, "size": given.size, "peak": worst, "stages": rows}, indent=1))
+    for row in rows:
+        ratio = row["measured"] / row["foretold"]
+        told = f"{row['measured'] / MIB:.0f} MiB of {row['foretold'] / MIB:.0f} foretold ({ratio:.2f})"
+        print(f"{row['stage']} {row['weights']}: {told}, {row['seconds']} s", file=sys.stderr)
+    return int(limit is not None and worst > limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
