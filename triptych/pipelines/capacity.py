@@ -55,7 +55,7 @@ def plan(
     needs = list(needs)
     kept = min(LIMIT, room // KEPT_SHARE)
     if low_memory:
-        trunks = [need.bytes("streamed") + kept for need in needs if need.stage in TRUNKS]
+        trunks = [need.bytes("streamed") + min(kept, need.kept) for need in needs if need.stage in TRUNKS]
         enough = min(room, max(least(needs), *trunks))  # larger tiles would only raise the peak
         fitting = (_fit(needs, enough, ("streamed",), ("streamed",), most, several) for most in (kept, 0))
         return next((found for found in fitting if found is not None), None)
@@ -86,7 +86,7 @@ def _fit(
     tile: Tile | None = None
     beside = 0
     for need in needs:
-        extra = kept if need.stage in TRUNKS else 0
+        extra = min(kept, need.kept) if need.stage in TRUNKS else 0
         places = of_trunks if need.stage in TRUNKS else of_others
         fitting = [weights for weights in places if need.bytes(weights) + extra <= room]
         if not fitting and need.tiles:
@@ -111,7 +111,7 @@ def peak(needs: Iterable[Need], chosen: Plan, several: bool = False) -> int:
     moments = {}
     for need in needs:
         tile = chosen.tile if need.tiles else None
-        extra = chosen.kept_bytes if need.stage in TRUNKS else 0
+        extra = min(chosen.kept_bytes, need.kept) if need.stage in TRUNKS else 0
         moments[need.stage] = need.bytes(chosen.weights[need.stage], tile) + extra
     held = {need.stage: need.held(chosen.weights[need.stage]) for need in needs}
     if chosen.keep:

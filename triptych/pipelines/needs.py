@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from triptych.checkpoints.headers import Header
-from triptych.models.scratch import SPAN_BYTES
+from triptych.models.scratch import LIMIT, SPAN_BYTES
 from triptych.models.stage_a import StageAConfig
 from triptych.models.trunk import TrunkConfig
 from triptych.pipelines.placement import Weights
@@ -45,6 +45,7 @@ class Need:
     matrices: int = 0  # numbers that int8 rows can hold: matrices inside blocks
     mapped: bool = False  # computed with as the file has them, on a CPU: no copy is made
     joined: int = 0  # bytes of matrices that the file holds in pieces: joined in memory, wherever the rest is
+    kept: int = LIMIT  # bytes of results that hold for all steps, if they are kept
     tiles: tuple[tuple[Tile, int], ...] = ()  # ways to work in less: a tile and its bytes, largest first
 
     def bytes(self, weights: Weights, tile: Tile | None = None) -> int:
@@ -117,7 +118,17 @@ def need_of(
     largest = max(blocks.values(), default=0)
     stored = round(numbers * per_number)
     return Need(
-        stage, numbers, stored, largest, numbers - inside, working, item, matrices, mapped, joined, tiles
+        stage,
+        numbers,
+        stored,
+        largest,
+        numbers - inside,
+        working,
+        item,
+        matrices,
+        mapped,
+        joined,
+        tiles=tiles,
     )
 
 
@@ -139,6 +150,17 @@ def trunk_working(config: TrunkConfig, height: int, width: int, pictures: int, i
         # The map, its convolution and what that copies; one sample's wide inside.
         widest = max(widest, 4 * numbers + 4 * positions * channels)
     return (stored + widest) * item + spans_of_threads() + LIBRARIES
+
+
+def trunk_kept(config: TrunkConfig, height: int, width: int, pictures: int, tokens: int, item: int) -> int:
+    """Bytes of what a trunk works out once for all steps: keys and values of `tokens`, mapped inputs."""
+    branches = GUIDED * pictures
+    attentions = 0
+    for level, channels in enumerate(config.widths):
+        up = config.up_blocks[len(config.widths) - 1 - level]
+        attentions += config.patterns[level].count("A") * (config.down_blocks[level] + up) * channels
+    inputs = config.widths[0] * (height // config.patch) * (width // config.patch)
+    return branches * (2 * tokens * attentions + tokens * config.cond_width + inputs) * item
 
 
 def decode_working(config: StageAConfig, height: int, width: int) -> int:

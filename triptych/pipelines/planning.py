@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,11 +12,20 @@ from triptych.models.stage_a import StageAConfig
 from triptych.models.stage_b import StageBConfig
 from triptych.models.stage_c import StageCConfig
 from triptych.pipelines.capacity import Plan, gigabytes, least, plan, refusal, room_on
-from triptych.pipelines.needs import Need, decode_tiles, decode_working, measure, text_working, trunk_working
+from triptych.pipelines.needs import (
+    Need,
+    decode_tiles,
+    decode_working,
+    measure,
+    text_working,
+    trunk_kept,
+    trunk_working,
+)
 from triptych.pipelines.parts import FLOAT32_PARTS, Parts
 from triptych.pipelines.request import MAX_BATCH, Request
 from triptych.sizes import latent_size_b
 
+TOKENS_C, TOKENS_B = 77 + 8, 4  # condition tokens of the published networks
 PLANNED = ("text_encoder", "stage_c", "stage_b", "stage_a")
 
 
@@ -61,8 +71,12 @@ def needs_of(parts: Parts, request: Request, planned: Sequence[str] = PLANNED) -
         "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
         "stage_a": decode_working(stage_a, height, width),
     }
+    kept = {
+        "stage_c": trunk_kept(stage_c, *parts.size_c(height, width), pictures, TOKENS_C, item),
+        "stage_b": trunk_kept(stage_b, *latent_size_b(height, width), pictures, TOKENS_B, item),
+    }
     tiles = {"stage_a": decode_tiles(stage_a, height, width)}
-    return [
+    needs = [
         measure(
             part,
             shapes[part],
@@ -74,6 +88,7 @@ def needs_of(parts: Parts, request: Request, planned: Sequence[str] = PLANNED) -
         )
         for part in planned
     ]
+    return [replace(need, kept=kept.get(need.stage, 0)) for need in needs]
 
 
 def _refused(parts: Parts, request: Request, needs: Sequence[Need], room: int) -> CapacityError:
