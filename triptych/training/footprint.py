@@ -113,8 +113,9 @@ def backward_peak(
         working = MAPS_IN_BACKWARD * run.widest + WIDE * narrow * run.matrices
         fresh = WIDE * run.learned if narrow or not held else held * run.learned
         applied = 0 if held else WIDE * update * run.largest
-        moment = (int(outside.kept + waiting + inside + working), int(gradients + fresh + applied))
-        best = max(best, moment, key=sum)
+        running = (int(outside.kept + waiting + inside + working), int(gradients + fresh))
+        moving = (int(outside.kept + waiting), int(gradients + fresh + applied))  # its maps are gone by then
+        best = max(best, running, moving, key=sum)
         waiting -= run.entry if recomputed else run.kept
         gradients += held * run.learned
     end = (outside.kept, int(gradients + held * outside.learned))
