@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class _Job:
 
 def bulk(
     cascade: Cascade, wanted: Sequence[Wanted], work: Path, pipelined: bool = False
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Make all pictures of a cascade. Each comes once, as soon as it is finished, in any order.
 
     work: a folder for what lies between the stages. pipelined: Stage B works on one batch while Stage C makes
