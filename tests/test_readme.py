@@ -46,7 +46,7 @@ def test_the_first_two_commands_are_the_promised_ones() -> None:
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_a_command_of_the_documents_is_understood(command: str) -> None:
     root: Any = typer.main.get_command(app)
-    _, name, *arguments = shlex.split(command)
+    _, name, *arguments = shlex.split(command, comments=True)
     assert name in root.commands
     root.commands[name].make_context(name, arguments)  # raises for an unknown or missing option
 

@@ -58,7 +58,7 @@ class _Counter:
     """Adds up what autograd keeps, each storage once, under the block that runs."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.seen = {_storage(p): p for p in network.parameters()}
+        self.seen: dict[int, Tensor] = {_storage(p): p for p in network.parameters()}
         self.entries: dict[int, Tensor] = {}
         self.current = self.outside = BlockCost()
         self.runs: list[BlockCost] = []
