@@ -2,8 +2,8 @@
 
     python scripts/editing_pictures.py [STRIP ...]
 
-Runs in docs/editing, where the pictures that go in lie (apple.png, tree.png, sketch.png), and writes a strip for
-each mode there: what went in, then what came out, seed by seed, none left out.
+Runs in docs/editing, where the pictures that go in lie (apple.png, tree.png, sketch.png). Each mode gets
+a strip there: what went in, then what came out, seed by seed, none left out.
 """
 
 from __future__ import annotations

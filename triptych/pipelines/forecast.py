@@ -151,10 +151,13 @@ def _operations(
 
 
 def count_operations(network: nn.Module, *inputs: torch.Tensor) -> float:
-    """Multiplications and additions in the matrix products of one call, on the meta device."""
+    """Multiplications and additions in the matrix products of one call, on the meta device.
+
+    Of the plain formulas, which gradients make networks take: the counter does not see products in place.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
         network.eval()(*inputs)
     return float(counter.get_total_flops())
 
