@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
+from triptych.apps.cli.train import recipe_files
 from triptych.errors import SettingsError
 from triptych.training.config import RunSettings, check_settings, read_settings
 
@@ -60,6 +61,14 @@ RECIPES = [path for path in sorted(REPOSITORY.glob("recipes/*/*.toml")) if path.
 @pytest.mark.parametrize("path", [*RECIPES, *REPOSITORY.glob("triptych/recipes/*.toml")], ids=str)
 def test_every_recipe_in_the_repository_is_valid(path: Path) -> None:
     assert isinstance(read_settings(path), RunSettings)
+
+
+@pytest.mark.parametrize("folder", ["tiny", "mini"])
+def test_a_folder_of_recipes_is_trained_whole_and_leaves_its_study_alone(folder: str) -> None:
+    own = [path for path in RECIPES if path.parent.name == folder]
+    assert (own[0].parent / "study.toml").exists()
+    assert recipe_files(own[0].parent) == own
+    assert recipe_files(own[0]) == [own[0]]
 
 
 values = strategies.recursive(

@@ -73,9 +73,7 @@ def train(
     from triptych.errors import SettingsError
     from triptych.training.config import read_settings, shipped_recipe
 
-    files: list[Path] = []
-    for path in recipes or []:
-        files += sorted(path.glob("*.toml")) if path.is_dir() else [path]
+    files = [file for path in recipes or [] for file in recipe_files(path)]
     given = list(changes or [])
     if recipe is not None:
         files, given = [shipped_recipe(recipe)], [*shorthand(recipe, data, name, model), *given]
@@ -120,6 +118,15 @@ def train(
             tell_taught(folder, settings)
         if recipe is not None and settings.recipe == "lora":
             hand_over(folder, settings.name)
+
+
+def recipe_files(path: Path) -> list[Path]:
+    """The file itself, or all recipes of a folder, which may hold files of other commands too (a study)."""
+    from triptych.training.config import read_toml
+
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.glob("*.toml")) if "recipe" in read_toml(file)]
 
 
 def shorthand(recipe: str, data: list[Path] | None, name: str | None, model: str | None) -> list[str]:
