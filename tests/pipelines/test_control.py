@@ -203,3 +203,17 @@ def deep():
     from dataclasses import replace
 
     return replace(config_for("canny"), blocks=(0, 63))
+
+
+def test_a_model_may_be_guided_less_where_a_picture_says_what_to_draw(cascade, photo):
+    settings = cascade.parts.info("stage_c").settings
+    usual = settings["guidance"]
+    settings["guidance_with_picture"] = usual - 0.5
+    try:
+        assert cascade.steer("a star", canny(photo), **QUICK).request.guidance == usual - 0.5
+        assert cascade.vary(photo, **QUICK).request.guidance == usual - 0.5
+        assert cascade.steer("a star", canny(photo), **QUICK, guidance=1.0).request.guidance == 1.0
+        assert cascade.generate("a star", **QUICK).request.guidance == usual
+        assert cascade.img2img(photo, "a star", **QUICK).request.guidance == usual
+    finally:
+        del settings["guidance_with_picture"]

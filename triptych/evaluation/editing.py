@@ -47,6 +47,9 @@ def evaluate_variations(
     request = cascade.resolve(Request(prompt="", **settings))
     images = [cover(image, request.size or image.size) for image in images]
     settings = {**settings, "size": request.size}
+    told_by_pictures = cascade.parts.info("stage_c").settings.get("guidance_with_picture")
+    if told_by_pictures is not None:  # as for `vary`
+        settings.setdefault("guidance", told_by_pictures)
     embeds = embed_pictures(cascade.parts, images).cpu()
     pooled = pooled_from(cascade.parts, embeds)
     told = Inputs(

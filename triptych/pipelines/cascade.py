@@ -128,7 +128,7 @@ class Cascade:
         multiple = int(stage_c.settings.get("size_multiple", SIDE_MULTIPLE))
         request = sized_for_controls(request.replaced(**own), brought, (width, height), multiple, min_side)
         request = sized(request, brought, stage_c.settings, min_side)
-        return request.resolve(stage_c.settings, stage_b.settings, min_side)
+        return request.resolve(sampling_defaults(stage_c.settings, request), stage_b.settings, min_side)
 
     def generate(
         self, prompt: str | Sequence[str] | Request, inputs: Inputs = NOTHING, **settings: Any
@@ -410,6 +410,15 @@ class Cascade:
 def _naming(brought: Sequence[Brought], prompt: str, settings: dict[str, Any]) -> Request:
     """The request for pictures that were brought."""
     return Request(prompt=prompt, sources=tuple(one.source for one in brought), **settings)
+
+
+def sampling_defaults(settings: dict[str, Any], request: Request) -> dict[str, Any]:
+    """Stage C's settings for a request: guidance is `guidance_with_picture`, where its file has that, when a
+    control or a reference says what to draw. Text has less to add then, and pushed hard it spoils both."""
+    told = bool(request.controls) or any(source.role == REFERENCE for source in request.sources)
+    if not told or "guidance_with_picture" not in settings:
+        return settings
+    return {**settings, "guidance": settings["guidance_with_picture"]}
 
 
 def _last(events: Generator[Event, None, None]) -> Result:

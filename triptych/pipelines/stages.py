@@ -233,6 +233,9 @@ class Run:
             how = self.request.sampling("stage_c")
             if start is None:  # from pure noise, in all the steps asked for
                 how = replace(how, steps=self.request.steps or how.steps, strength=1.0)
+            if purpose == "upscale":  # what is there already says what to draw
+                most = self.parts.info("stage_c").settings.get("guidance_with_picture", how.guidance)
+                how = replace(how, guidance=min(how.guidance, most))
             acting[:] = combine(controls, 0, how.steps, batch.pictures)
             for step in self._sample("stage_c", answer, shape, batch, how, start, purpose):
                 batch.latents_c = step.x0
