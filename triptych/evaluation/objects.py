@@ -16,6 +16,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from triptych.evaluation.structured import distinct_rows
+
 PER_KIND = 20
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -54,16 +56,15 @@ def object_prompts(per_kind: int = PER_KIND) -> list[Row]:
         "position": _position,
         "binding": _binding,
     }
-    rows: list[Row] = []
-    for kind, make in makers.items():
-        rng = random.Random(f"objects:{kind}")
-        found: dict[str, Row] = {}
-        while len(found) < per_kind:
+
+    def photo(make: Callable[[random.Random], tuple[str, Row]]) -> Callable[[random.Random], Row]:
+        def row(rng: random.Random) -> Row:
             words, truth = make(rng)
-            prompt = f"a photo of {words}"
-            found.setdefault(prompt, {"prompt": prompt, "kind": kind, "truth": truth})
-        rows += found.values()
-    return rows
+            return {"prompt": f"a photo of {words}", "truth": truth}
+
+        return row
+
+    return distinct_rows("objects", {kind: photo(make) for kind, make in makers.items()}, per_kind)
 
 
 def _one(rng: random.Random) -> tuple[str, Row]:

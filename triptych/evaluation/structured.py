@@ -8,7 +8,7 @@ follow from the constants below; no pair of colour and shape is used that traini
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from triptych.data.shapes import ABOVE, CLASHES, COLOURS, HELDOUT, LEFT_OF, SHAPES
@@ -38,13 +38,24 @@ def structured_prompts(per_kind: int = PER_KIND) -> list[Row]:
         "binding": _binding,
         "position": _position,
     }
+    rows = distinct_rows("structured", makers, per_kind)
+    return [{"background": None, "relations": [], **row} for row in rows]
+
+
+def distinct_rows(
+    topic: str, makers: Mapping[str, Callable[[random.Random], Row]], per_kind: int
+) -> list[Row]:
+    """`per_kind` rows of each kind by its maker, no two with one "prompt"; each row gets its "kind".
+
+    The same `topic` and makers give the same rows.
+    """
     rows: list[Row] = []
     for kind, make in makers.items():
-        rng = random.Random(f"structured:{kind}")
+        rng = random.Random(f"{topic}:{kind}")
         found: dict[str, Row] = {}
         while len(found) < per_kind:
             row = make(rng)
-            found.setdefault(row["prompt"], {"kind": kind, "background": None, "relations": [], **row})
+            found.setdefault(row["prompt"], {"kind": kind, **row})
         rows += found.values()
     return rows
 
