@@ -157,6 +157,7 @@ def measure_steps(files: ModelFiles, request: Request, weights: str, room: int) 
     rows = []
     with torch.no_grad():
         for need, steps in zip(needs, (run.compose, run._stage_b, run._stage_a), strict=True):
+            parts.release()  # returns what the stage before let go of, as loading the next one does
             sampler.reset()
             start = time.perf_counter()
             for _ in steps(batch):

@@ -147,6 +147,7 @@ class Parts:
         with memory_errors(part):
             if part not in self._loaded:
                 with self.timed("load"):
+                    return_memory(self.device)  # of the part before, which its user has let go of by now
                     self._loaded[part] = self._load(part)
             try:
                 yield self._loaded[part]
@@ -180,13 +181,7 @@ class Parts:
             self._loaded.pop(part, None)
             self._untouched.pop(part, None)
             self._resident.discard(part)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif self.device.type == "mps":
-            torch.mps.empty_cache()
-        else:
-            with suppress(OSError, AttributeError):  # glibc keeps what was freed until it is told not to
-                ctypes.CDLL(None).malloc_trim(0)
+        return_memory(self.device)
 
     def _load(self, part: str) -> nn.Module | TextEncoder | ImageEncoder:
         """Build and place a part; its first time, refuse weights that are NaN or infinite.
@@ -233,6 +228,17 @@ class Parts:
             f"{part} of {self.files.name} computed numbers that are not finite in {self.dtype}, although its "
             "weights are; try --dtype float32."
         )
+
+
+def return_memory(device: torch.device) -> None:
+    """Hand memory that was freed back to the system; allocators keep it until they are told not to."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        with suppress(OSError, AttributeError):  # other systems than glibc's have no such call
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def token_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
