@@ -117,3 +117,20 @@ def test_impossible_guidance_is_refused() -> None:
         Guidance(rescale=1.5)
     with pytest.raises(ValueError, match="interval"):
         Guidance(interval=(0.9, 0.1))
+
+
+def test_an_image_whose_branches_agreed_is_guided_no_more() -> None:
+    """The first image's branches differ by 0.05 of it, the second's by 0.5, which halves at every call."""
+    asked: list[tuple[Branch, ...]] = []
+
+    def predict(x: Tensor, t: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
+        asked.append(tuple(branches))
+        apart = torch.tensor([0.05, 0.5 / 2 ** (len(asked) - 1)]).view(2, 1, 1, 1)
+        return [torch.ones_like(x) - apart * (branch == "uncond") for branch in branches]
+
+    denoise = Denoiser(predict, Schedule(), guidance=Guidance(3.0, rescale=0.0, agreement=0.2))
+    x = torch.zeros(2, 4, 2, 2)
+    answers = [denoise(x, LOGSNR, t=0.5).prediction[:, 0, 0, 0].tolist() for _ in range(4)]
+    expected = [[1.1, 2.0], [1.0, 1.5], [1.0, 1.25], [1.0, 1.0]]  # ones + 2 * apart while guided
+    torch.testing.assert_close(torch.tensor(answers), torch.tensor(expected))
+    assert asked == [("cond", "uncond")] * 3 + [("cond",)]

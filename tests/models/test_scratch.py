@@ -173,3 +173,33 @@ def test_stage_a_in_place_and_in_bands_equals_whole(height: int, width: int, spa
         assert_same(network.decode(latents), want[0])
         assert torch.equal(network.decode(latents, fused=False), want[0])
         assert_same(network.encode(pixels), want[1])
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_reused_deep_levels_are_those_of_the_step_before(name: str) -> None:
+    """Put together by hand: shallow levels of the second input around the deep answer to the first."""
+    network, conditions, channels = STAGES[name]
+    network = randomised(network)
+    first, second = normal(2, channels, 6, 8, seed=5), normal(2, channels, 6, 8, seed=6)
+    t, later = torch.full((2,), 0.7), torch.full((2,), 0.6)
+    deep: list[Tensor] = []
+
+    class Told(Scratch):
+        """Hands out at the second call what it was given at the first."""
+
+        def deep(self, make: Any) -> Tensor:
+            if not deep:
+                deep.append(make().clone())
+            return deep[0]
+
+    with torch.no_grad():
+        by_hand = Told(once=False, fused=False)
+        network(first, t, **conditions, scratch=by_hand)
+        want = network(second, later, **conditions, scratch=by_hand)
+        plain = network(second, later, **conditions)
+        for fused_blocks in (True, False):
+            scratch = Scratch(once=False, fused=fused_blocks, reuse=2)
+            network(first, t, **conditions, scratch=scratch)
+            assert_same(network(second, later, **conditions, scratch=scratch), want)
+            assert_same(network(second, later, **conditions, scratch=scratch), plain)  # the third is due anew
+    assert float((want - plain).abs().max()) > 1e-3

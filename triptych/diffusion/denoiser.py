@@ -6,7 +6,7 @@ The network is any callable, so this file knows nothing of prompts, batches or w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,14 +33,18 @@ _T_TOLERANCE = 1e-6
 class Guidance:
     """Classifier-free guidance [Ho and Salimans 2022, eq. 6].
 
-    weight    1 is the plain conditional prediction; a pair (at noise, at data) is mixed linearly in t
-    rescale   0 to 1: how far the deviation of each image is pulled back to the conditional one's
-    interval  (low, high) of grid t within which guidance acts; outside, only the conditional branch runs
+    weight     1 is the plain conditional prediction; a pair (at noise, at data) is mixed linearly in t
+    rescale    0 to 1: how far the deviation of each image is pulled back to the conditional one's
+    interval   (low, high) of grid t within which guidance acts; outside, only the conditional branch runs
+               [Kynkaanniemi et al. 2024, eq. 5]
+    agreement  an image whose branches differ by less than this, relative to the conditional one, is not
+               guided any more [Castillo et al. 2023, adaptive guidance]; 0 never stops
     """
 
     weight: float | tuple[float, float] = 4.0
     rescale: float = 0.7
     interval: tuple[float, float] = (0.0, 1.0)
+    agreement: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rescale <= 1:
@@ -48,6 +52,8 @@ class Guidance:
         low, high = self.interval
         if low > high:
             raise ValueError(f"guidance interval is {self.interval}; the lower end comes first")
+        if not self.agreement >= 0:
+            raise ValueError(f"guidance agreement is {self.agreement}; it cannot be negative")
 
     def weight_at(self, t: float) -> float:
         """The weight at grid time t; 1 outside the interval."""
@@ -75,6 +81,11 @@ def guide(cond: Tensor, uncond: Tensor, weight: float, rescale: float = 0.0) -> 
     return rescale * (guided * ratio) + (1 - rescale) * guided
 
 
+def difference(cond: Tensor, uncond: Tensor) -> Tensor:
+    """|cond - uncond| / |cond| of each image, both (B,C,H,W) -> (B,)."""
+    return (cond - uncond).flatten(1).norm(dim=1) / cond.flatten(1).norm(dim=1).clamp(min=1e-12)
+
+
 class Denoised(NamedTuple):
     """One evaluation: the clean estimate, the noise estimate, and the prediction they came from."""
 
@@ -88,24 +99,38 @@ class Denoiser:
     """`denoise(x, logsnr, t)` for the samplers, made of a network.
 
     `prediction` says what the network was trained to answer. `guidance` None, or weight 1, runs only the
-    conditional branch. Fields may be changed between the steps of a sampler.
+    conditional branch. Fields may be changed between the steps of a sampler; one denoiser serves one run,
+    because it remembers which images need no guidance any more.
     """
 
     predict: Predict
     schedule: Schedule
     prediction: Prediction = "eps"
     guidance: Guidance | None = None
+    _agreed: Tensor | None = field(default=None, init=False, repr=False)  # (B,) images no longer guided
 
     def __call__(self, x: Tensor, logsnr: Tensor, t: float) -> Denoised:
         """Evaluate at x (B,C,H,W), noise level logsnr () and grid time t; the state stays in x's dtype."""
         time = self.schedule.time(logsnr).to(x.device).expand(x.shape[0])
         weight = 1.0 if self.guidance is None else self.guidance.weight_at(t)
-        if self.guidance is None or weight == 1:
+        if self.guidance is None or weight == 1 or (self._agreed is not None and bool(self._agreed.all())):
             (predicted,) = self.predict(x, time, COND_ONLY)
             predicted = predicted.to(x.dtype)
         else:
             cond, uncond = self.predict(x, time, BOTH)
             # In the state's precision: guidance takes the difference of two nearly equal tensors.
-            predicted = guide(cond.to(x.dtype), uncond.to(x.dtype), weight, self.guidance.rescale)
+            cond, uncond = cond.to(x.dtype), uncond.to(x.dtype)
+            predicted = guide(cond, uncond, weight, self.guidance.rescale)
+            if self.guidance.agreement > 0:
+                predicted = self._until_agreed(cond, uncond, predicted, self.guidance.agreement)
         x0, eps = to_x0_eps(self.prediction, x, predicted, logsnr)
         return Denoised(x0, eps, predicted)
+
+    def _until_agreed(self, cond: Tensor, uncond: Tensor, guided: Tensor, agreement: float) -> Tensor:
+        """Guided where branches have differed so far. Every image decides for itself, so that it does not
+        depend on its batch; the second branch is saved once all have agreed."""
+        agreed = self._agreed
+        if agreed is None:
+            agreed = torch.zeros(len(cond), dtype=torch.bool, device=cond.device)
+        self._agreed = agreed | (difference(cond, uncond) < agreement)
+        return torch.where(agreed.view(-1, 1, 1, 1), cond, guided)

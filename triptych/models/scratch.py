@@ -44,6 +44,8 @@ class Scratch:
              computed together. Set `row` to the index of the coming step, or to None for any other time
     once     keep results that do not depend on the step
     fused    blocks may overwrite maps and work through them in spans, where no gradient is needed
+    reuse    work out the deep levels of a trunk only at every so many-th call, and let the calls between
+             take what they gave [Ma et al. 2023, DeepCache]; 1 works them out always. Other results!
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Scratch:
         fused: bool = True,
         buffer: Buffer | None = None,
         limit: int = LIMIT,
+        reuse: int = 1,
     ) -> None:
         self.times = tuple(times) if once else ()
         self.row: int | None = None
@@ -60,6 +63,9 @@ class Scratch:
         self.buffer = buffer or Buffer()
         self.limit = limit
         self.used = 0
+        self.reuse = reuse
+        self._deep: Tensor | None = None
+        self._calls = 0  # since the deep levels ran
         self._fused = fused
         self._kept: dict[tuple[Hashable, int], Tensor] = {}
 
@@ -81,6 +87,15 @@ class Scratch:
             self.used += size
             self._kept[owner, rows] = made
         return made
+
+    def deep(self, make: Callable[[], Tensor]) -> Tensor:
+        """What the deep levels gave at the last of every `reuse` calls, or give now; not to be changed."""
+        if self.reuse == 1:
+            return make()
+        if self._deep is None or self._calls == self.reuse:
+            self._deep, self._calls = make(), 0
+        self._calls += 1
+        return self._deep
 
 
 def keep(scratch: Scratch | None, owner: Hashable, rows: int, make: Callable[[], Tensor]) -> Tensor:

@@ -385,6 +385,10 @@ class Cascade:
         when the model has no encoder for the pictures it is to read."""
         if request.upscale is not None and inputs.latents():
             raise RequestError("Upscaling draws what Stage C made again, and takes no latents from outside.")
+        if request.draft:
+            self.parts.path("previewer")
+            if inputs.latents_b is not None:
+                raise RequestError("A draft is made from Stage C's latents; these are Stage A's already.")
         pictures, sides = len(request.prompts) * request.count, request.sides()
         shapes = {"latents_c": self.parts.size_c(*sides), "latents_b": latent_size_b(*sides)}
         for kind, latents in inputs.latents():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from PIL import Image
@@ -20,6 +20,7 @@ from torch import Tensor
 from triptych import __version__
 from triptych.diffusion.samplers import SAMPLERS
 from triptych.errors import RequestError, nearest
+from triptych.pipelines.fast import FAST
 from triptych.sizes import SIDE_MULTIPLE, nearest_sides
 
 BYTES = r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?)?B?\s*"
@@ -34,6 +35,16 @@ def parse_size(value: Any) -> Any:
         if match is None:
             raise ValueError(f'"{value}" is not a size; write width x height, such as 512x384')
         return int(match[1]), int(match[2])
+    return value
+
+
+def parse_interval(value: Any) -> Any:
+    """Turn "0.2-0.9" into (0.2, 0.9); other values pass on to be checked."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*-\s*([0-9]*\.?[0-9]+)\s*", value, re.ASCII)
+        if match is None:
+            raise ValueError(f'"{value}" is not an interval; write two noise levels such as 0.2-0.9')
+        return float(match[1]), float(match[2])
     return value
 
 
@@ -71,6 +82,8 @@ Bytes = Annotated[int, Field(ge=1), BeforeValidator(parse_bytes)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Interval = Annotated[tuple[Strength, Strength], BeforeValidator(parse_interval)]
+Reuse = Annotated[int, Field(ge=1, le=1000)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Extent = Annotated[int, Field(ge=0, le=16384)]
 
@@ -148,7 +161,16 @@ class Request(BaseModel):
     seeds: tuple[Seed, ...] | None = Field(None, description="One seed per picture, instead of `seed`.")
     steps: Steps | None = Field(None, description="Steps of Stage C.")
     guidance: Weight | None = Field(None, description="Guidance weight of Stage C; 1 switches it off.")
+    guidance_interval: Interval | None = Field(
+        None, description="Noise levels, 0 (none) to 1 (nothing else), between which Stage C is guided."
+    )
+    guidance_agreement: Weight | None = Field(
+        None, description="Guide no longer once both branches differ relatively by less; 0 goes on."
+    )
     sampler: str | None = Field(None, description="Sampler of Stage C.")
+    reuse: Reuse | None = Field(
+        None, description="Work out Stage C's deep levels at every so many-th step only; 1 at all."
+    )
     strength: Strength | None = Field(
         None, description="How far from the source picture: 0 keeps, 1 forgets."
     )
@@ -158,6 +180,11 @@ class Request(BaseModel):
     decoder_steps: Steps | None = Field(None, description="Steps of Stage B.")
     decoder_guidance: Weight | None = Field(None, description="Guidance weight of Stage B.")
     decoder_sampler: str | None = Field(None, description="Sampler of Stage B.")
+    decoder_reuse: Reuse | None = Field(None, description="As `reuse`, for Stage B.")
+    fast: bool = Field(False, description="Fill what is not given in with settings that need far less work.")
+    draft: bool = Field(
+        False, description="Stop after Stage C: the previewer's small picture, enlarged, and blurred."
+    )
     model: str = Field("mini", min_length=1, description="A model's name, a folder, or a hub name.")
     stage_a: str | None = Field(None, description="Another Stage A: a file.")
     stage_b: str | None = Field(None, description="Another Stage B: a size or a file.")
@@ -183,6 +210,9 @@ class Request(BaseModel):
             raise RequestError(explain(error, Request)) from None
         self._check_names()
         self._check_seeds()
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise RequestError(f"guidance_interval = {low:g}-{high:g}: the lower noise level comes first.")
 
     def _check_names(self) -> None:
         for name in (self.sampler, self.decoder_sampler):
@@ -236,16 +266,26 @@ class Request(BaseModel):
         steps, guidance, sampler = of_stage[stage]
         if steps is None or guidance is None or sampler is None:
             raise RequestError("This request still has defaults to fill in; resolve it first.")
-        if stage == "stage_b" or not self.strength:
-            return Sampling(steps, guidance, sampler)
-        return Sampling(max(1, round(steps * self.strength)), guidance, sampler, self.strength)
+        if stage == "stage_b":
+            return Sampling(steps, guidance, sampler, reuse=self.decoder_reuse or 1)
+        how = Sampling(
+            steps,
+            guidance,
+            sampler,
+            interval=self.guidance_interval or (0.0, 1.0),
+            agreement=self.guidance_agreement or 0.0,
+            reuse=self.reuse or 1,
+        )
+        if not self.strength:
+            return how
+        return replace(how, steps=max(1, round(steps * self.strength)), strength=self.strength)
 
     def replaced(self, **changes: Any) -> Request:
         """A checked copy with some fields changed."""
         return Request(**{**self.model_dump(), "preview": self.preview, **changes})
 
     def resolve(self, stage_c: Mapping[str, Any], stage_b: Mapping[str, Any], min_side: int) -> Request:
-        """Fill every None from the settings of the weight files and check the size against them.
+        """Fill every None from the settings of the weight files, `fast` before them, and check the size.
 
         `stage_c` and `stage_b` are the `settings` tables of the two files; `min_side` is the shortest side
         in pixels that Stage B's levels can halve. Raises RequestError naming the nearest sizes.
@@ -255,17 +295,14 @@ class Request(BaseModel):
         seed = self.seed
         if seed is None and self.seeds is None:
             seed = secrets.randbelow(2**32)  # short enough to be typed again
-        return self.replaced(
-            size=(width, height),
-            seed=seed,
-            steps=self.steps or stage_c["steps"],
-            guidance=stage_c["guidance"] if self.guidance is None else self.guidance,
-            sampler=self.sampler or stage_c["sampler"],
-            decoder_steps=self.decoder_steps or stage_b["steps"],
-            decoder_guidance=stage_b["guidance"] if self.decoder_guidance is None else self.decoder_guidance,
-            decoder_sampler=self.decoder_sampler or stage_b["sampler"],
-            batch=self.batch or (1 if self.low_memory or self.max_memory else MAX_BATCH),
-        )
+        plain = {
+            **{name: stage_c[name] for name in ("steps", "guidance", "sampler")},
+            **{f"decoder_{name}": stage_b[name] for name in ("steps", "guidance", "sampler")},
+            "batch": 1 if self.low_memory or self.max_memory else MAX_BATCH,
+        }
+        fast = {**FAST, **stage_c.get("fast", {})} if self.fast else {}
+        filled = {name: value for name, value in {**plain, **fast}.items() if getattr(self, name) is None}
+        return self.replaced(size=(width, height), seed=seed, **filled)
 
 
 @dataclass(frozen=True)
@@ -276,6 +313,9 @@ class Sampling:
     guidance: float
     sampler: str
     strength: float = 1.0  # the noise level at which it starts
+    interval: tuple[float, float] = (0.0, 1.0)  # of noise levels in which guidance acts
+    agreement: float = 0.0  # relative difference of the branches below which guidance ends
+    reuse: int = 1  # steps that share what the deep levels gave
 
 
 @dataclass(frozen=True)

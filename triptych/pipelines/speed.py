@@ -30,10 +30,11 @@ class Speed:
 class Branches:
     """A `Predict` for the denoiser, made of a network's `answer`, for one run of sampling at `times`."""
 
-    def __init__(self, answer: Answer, speed: Speed, times: Sequence[float] = ()) -> None:
+    def __init__(self, answer: Answer, speed: Speed, times: Sequence[float] = (), reuse: int = 1) -> None:
         self.answer = answer
         self.speed = speed
         self.times = tuple(times)
+        self.reuse = reuse  # of the deep levels, see `Scratch`
         self.time: float | None = None
         self._buffer = Buffer()
         self._scratches: dict[tuple[Branch, ...], Scratch] = {}
@@ -56,7 +57,7 @@ class Branches:
         if branches not in self._scratches:
             speed = self.speed
             self._scratches[branches] = Scratch(
-                self.times, speed.once, speed.fused, self._buffer, speed.kept_bytes
+                self.times, speed.once, speed.fused, self._buffer, speed.kept_bytes, self.reuse
             )
         scratch = self._scratches[branches]
         scratch.at(self.time)

@@ -135,7 +135,10 @@ class Run:
             yield from self._stage_c(batch)
 
     def finish(self, batch: Batch) -> Iterator[Event]:
-        """Stages B and A of one batch, whose latents_c are there."""
+        """Stages B and A of one batch, whose latents_c are there, or its draft."""
+        if self.request.draft:
+            yield from self._draft(batch)
+            return
         self.parts.dress(batch.pictures[0].prompt)
         yield from self._stage_b(batch)
         yield from self._stage_a(batch)
@@ -277,11 +280,25 @@ class Run:
                     pixels = decode_in_tiles(network, latents, self.parts.tile, self.parts.speed.fused)
                     self._check(pixels, "stage_a")
                     (image,) = to_images(pixels)
-                    if self.inputs.finish is not None:
-                        image = self.inputs.finish(image, batch.pictures[row])
-                stored = picture_metadata(self.request, batch.pictures, row)
-                yield Event("stage_a", row + 1, len(batch.pictures), batch.pictures, None, image, stored)
+                yield self._finished(batch, row, image)
         batch.latents_b = batch.latents_b.cpu()
+
+    def _draft(self, batch: Batch) -> Iterator[Event]:
+        """latents_c -> the previewer's picture, 8 pixels a latent, enlarged: no detail, but no Stage B."""
+        assert batch.latents_c is not None
+        height, width = self.request.sides()
+        with self.parts.timed("draft"):
+            shown = self._preview(batch.latents_c.to(self.parts.device))
+        for row, image in enumerate(shown):
+            yield self._finished(batch, row, image.resize((width, height), Image.Resampling.BICUBIC))
+        batch.latents_c = batch.latents_c.cpu()
+        batch.latents_b = torch.zeros(len(batch.pictures), 4, 0, 0)
+
+    def _finished(self, batch: Batch, row: int, image: Image.Image) -> Event:
+        if self.inputs.finish is not None:
+            image = self.inputs.finish(image, batch.pictures[row])
+        stored = picture_metadata(self.request, batch.pictures, row)
+        return Event("stage_a", row + 1, len(batch.pictures), batch.pictures, None, image, stored)
 
     def _sample(
         self,
@@ -299,7 +316,9 @@ class Run:
         """
         settings = self.parts.info(stage).settings
         schedule = Schedule(settings["shift"])
-        guidance = None if how.guidance == 1 else Guidance(how.guidance, rescale=settings["rescale"])
+        guidance = None
+        if how.guidance != 1:
+            guidance = Guidance(how.guidance, settings["rescale"], how.interval, how.agreement)
 
         def noise(step: int) -> Tensor:
             return draw_batch(batch.seeds, purpose or stage, step, shape).to(self.parts.device)
@@ -307,7 +326,7 @@ class Run:
         x = noise(START)
         times, logsnrs = schedule.grid(how.steps, how.strength)
         told = [float(schedule.time(logsnr)) for logsnr in logsnrs[:-1]]
-        branches = Branches(answer, self.parts.speed, told)
+        branches = Branches(answer, self.parts.speed, told, how.reuse)
         denoiser = Denoiser(branches, schedule, settings["prediction"], guidance)
 
         def denoise(x: Tensor, logsnr: Tensor, t: float) -> Denoised:

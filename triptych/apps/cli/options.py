@@ -28,6 +28,22 @@ def _options(
     decoder_guidance: Annotated[float | None, Option(help="Guidance of Stage B; 1 is off.")] = None,
     sampler: Annotated[str | None, Option(help="ddpm, ddim, euler, dpmpp_2m or lcm, for Stage C.")] = None,
     decoder_sampler: Annotated[str | None, Option(help="The same for Stage B.")] = None,
+    fast: Annotated[
+        bool, Option("--fast", help="Much less work for nearly the same picture; other options win over it.")
+    ] = False,
+    guidance_interval: Annotated[
+        str | None, Option(help="Guide at noise levels between two, such as 0.2-0.9. [0-1]")
+    ] = None,
+    guidance_agreement: Annotated[
+        float | None, Option(help="Guide no more once branches differ by less, such as 0.05. [0]")
+    ] = None,
+    reuse: Annotated[
+        int | None, Option(help="Stage C's deep levels only at every so many-th step. [1]")
+    ] = None,
+    decoder_reuse: Annotated[int | None, Option(help="The same for Stage B.")] = None,
+    draft: Annotated[
+        bool, Option("--draft", help="Leave out Stages B and A: the preview, enlarged and blurred.")
+    ] = False,
     out: Annotated[Path, Option(help="Folder for the pictures; made when it is not there.")] = Path("."),
     model: Annotated[
         str | None, Option(help="mini, cascade, cascade-lite, a hub name or a folder. [mini]")
@@ -61,7 +77,16 @@ def _options(
     """Only the signature is used."""
 
 
-SAMPLING_C = ("negative", "steps", "guidance", "sampler", "preview")  # of no use where Stage C does not run
+SAMPLING_C = (
+    "negative",
+    "steps",
+    "guidance",
+    "sampler",
+    "guidance_interval",
+    "guidance_agreement",
+    "reuse",
+    "preview",
+)  # of no use where Stage C does not run
 
 
 @dataclass(frozen=True)
