@@ -1,12 +1,13 @@
 """Feature networks by name: what turns pictures into vectors for the distances between sets.
 
     mobilenet   ImageNet's MobileNetV2, in the package; its distances compare with each other only
+    inception   TensorFlow's Inception of 2015, for FID and KID; 96 MB, in WEIGHTS/inception
     clip        openai/clip-vit-large-patch14-336, for CMMD; 1.7 GB
     dinov2      facebook/dinov2-large, for FD-DINOv2; 1.2 GB
 
-The last two are downloaded only when asked, and nothing falls back to another network by itself: a list such
-as "clip,mobilenet" takes the first that is there. Any other name is a hub name or a folder of a CLIP or
-DINOv2.
+The last two are downloaded only when asked, Inception's file is the user's, and nothing falls back to another
+network by itself: a list such as "clip,mobilenet" takes the first that is there. Any other name is a hub name
+or a folder of a CLIP or DINOv2.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from triptych.checkpoints.files import read_tensors
 from triptych.errors import CheckpointError, DataError
 from triptych.evaluation.distances import (
     NEIGHBOURS,
@@ -30,13 +32,23 @@ from triptych.evaluation.distances import (
     precision_recall,
 )
 from triptych.evaluation.icon_judge import load_judge
+from triptych.evaluation.judge_weights import find_judge, take
 from triptych.evaluation.systems import PICTURE_SUFFIXES
 from triptych.images import read_picture, to_pixels
+from triptych.models.inception import Inception, squeezed
+from triptych.models.inception import layout as inception_layout
 
-MOBILENET = "mobilenet"
+MOBILENET, INCEPTION = "mobilenet", "inception"
 PUBLISHED = {
     "clip": ("openai/clip-vit-large-patch14-336", "1.7 GB"),
     "dinov2": ("facebook/dinov2-large", "1.2 GB"),
+}
+# What the distances over the features of a published network are called.
+KNOWN_AS = {
+    (INCEPTION, "frechet"): "FID",
+    (INCEPTION, "kernel"): "KID",
+    ("dinov2", "frechet"): "FD-DINOv2",
+    ("clip", "cmmd"): "CMMD",
 }
 CLIP_SCALE = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_SCALE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,17 +63,49 @@ class Features:
     of: Callable[[Sequence[Image.Image]], Tensor]
 
 
-def open_features(names: str, download: bool = False) -> Features:
-    """The first network of a comma-separated list that is there; CheckpointError says how to get one."""
+def open_features(names: str, download: bool = False, weights: Path | None = None) -> Features:
+    """The first network of a comma-separated list that is there; CheckpointError says how to get one.
+
+    `weights` is the folder that holds inception/.
+    """
     tried: list[str] = []
     for name in (part.strip() for part in names.split(",") if part.strip()):
         if name == MOBILENET:
             return Features(MOBILENET, load_judge().features)
         try:
-            return _tower(name, download)
+            return _inception(weights) if name == INCEPTION else _tower(name, download)
         except CheckpointError as error:
             tried.append(str(error))
     raise CheckpointError(" ".join(tried) or "No feature network was named.")
+
+
+def _inception(weights: Path | None) -> Features:
+    """The Inception of pytorch-fid's file, whose names and shapes have to be those of the published one."""
+    path = find_judge(INCEPTION, weights).file("*.safetensors")
+    tensors = {name: t for name, t in read_tensors(path).items() if not name.endswith("num_batches_tracked")}
+    came = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = inception_layout()
+    if wrong := sorted(name for name in came.keys() | wanted if came.get(name) != wanted.get(name)):
+        raise CheckpointError(
+            f"{path} is not the Inception of FID: {len(wrong)} names or shapes differ ({wrong[0]} is "
+            f"{came.get(wrong[0], 'missing')} in the file, {wanted.get(wrong[0], 'not')} in the network). "
+            "Torchvision's Inception is another one: convert pytorch-fid's file."
+        )
+    with torch.device("meta"):
+        network = Inception()
+    take(network, tensors, path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+
+    def of(images: Sequence[Image.Image]) -> Tensor:
+        found = []
+        for start in range(0, len(images), BATCH):
+            batch = [squeezed(to_pixels([image])) for image in images[start : start + BATCH]]
+            with torch.no_grad():
+                found.append(network(torch.cat(batch).to(device)).cpu())
+        return torch.cat(found)
+
+    return Features(INCEPTION, of)
 
 
 def _tower(name: str, download: bool) -> Features:
@@ -112,7 +156,7 @@ def prepared(
 def features_of(source: Path, network: Features, count: int | None = None) -> Tensor:
     """Features (N,D) of a folder's pictures, in the order of their names, or of a .npy file made elsewhere.
 
-    A .npy file is how features of a network that is not here (say, Inception's) take part. Raises DataError.
+    A .npy file is how features of a network that is not here take part. Raises DataError.
     """
     if source.suffix == ".npy":
         return _stored(source)[:count]

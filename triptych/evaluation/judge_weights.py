@@ -22,6 +22,8 @@ VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_L = "openai/clip-vit-large-patch14"
 TORCHVISION = "https://download.pytorch.org/models"
 AESTHETIC = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
+PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+INCEPTION = "pt_inception-2015-12-05-6726825d"
 PICKLED = (".pt", ".pth", ".bin")
 HUB = ("config.json", "model.safetensors")
 WORDS = "tokenizer.json"
@@ -93,6 +95,17 @@ NEEDS: dict[str, Needs] = {
         "528 MB",
         (f"curl -L --create-dirs -o {{place}}/vgg16.pth {TORCHVISION}/vgg16-397923af.pth",),
     ),
+    "inception": Needs(
+        "the features of FID and KID [Heusel 2017, Binkowski 2018]",
+        ("pt_inception-2015-12-05*.safetensors",),
+        "96 MB",
+        (
+            f"curl -L --create-dirs -o {{place}}/{INCEPTION}.pth {PYTORCH_FID}/{INCEPTION}.pth",
+            'python -c "import torch, safetensors.torch as s; p = '
+            f"'{{place}}/{INCEPTION}'; t = torch.load(p + '.pth', weights_only=True); "
+            "s.save_file({{k: v.contiguous() for k, v in t.items()}}, p + '.safetensors')\"",
+        ),
+    ),
     "detector": Needs(
         "which objects a picture shows, where: any object detector of transformers trained on COCO",
         (*HUB, "preprocessor_config.json"),
@@ -124,7 +137,7 @@ def find_judge(name: str, weights: Path | None) -> JudgeFiles:
         lacking = "no folder of weights was given" if weights is None else f"{place} lacks {missing[0]}"
         commands = "; ".join(command.format(place=place) for command in needs.commands)
         raise CheckpointError(
-            f'The judge "{name}" needs weights ({needs.size}) and {lacking}: fetch them with `{commands}` '
+            f'"{name}" needs weights ({needs.size}) and {lacking}: fetch them with `{commands}` '
             f"and give --weights {place.parent}."
         )
     return JudgeFiles(name, place)

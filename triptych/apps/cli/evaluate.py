@@ -30,6 +30,8 @@ Examples:
 
   triptych evaluate variations --data val.tar --count 40 --seeds 2
 
+  triptych evaluate distances --data real --pictures made --features inception --weights judges
+
   triptych evaluate distances --data real --pictures made --features dinov2 --download
 
   triptych evaluate scores --prompts parti --count 100 --judges clipscore,hps --weights judges
@@ -46,7 +48,8 @@ or pictures that hold theirs, judged by published networks: clipscore, pickscore
 and detector for the things of --prompts objects. Their files are yours, in WEIGHTS/NAME; a judge that is
 missing says how to get it. lpips and dists are for reconstruction. distances: Frechet
 (FID, FD), kernel (KID), CMMD, precision and recall of a folder against another; the network comes with the
-package (mobilenet) or is downloaded with --download (clip, dinov2).
+package (mobilenet), is yours in WEIGHTS/inception (FID and KID as published), or is downloaded with
+--download (clip, dinov2).
 """
 
 CONTROLS = ("canny", "inpainting", "super_resolution", "pixel_super_resolution")
@@ -90,7 +93,8 @@ def evaluate(
         Option(help="For scores and distances: the folder to be judged; for distances also a .npy file."),
     ] = None,
     features: Annotated[
-        str, Option(help="For distances: mobilenet, clip, dinov2 or a folder; the first of a list.")
+        str,
+        Option(help="For distances: mobilenet, inception, clip, dinov2 or a folder; the first of a list."),
     ] = "mobilenet",
     download: Annotated[
         bool, Option("--download", help="For distances: fetch the network if it is not here.")
@@ -101,7 +105,9 @@ def evaluate(
     judges: Annotated[
         str, Option(help="For scores: clipscore, hps, ..., detector; for reconstruction: lpips, dists.")
     ] = "",
-    weights: Annotated[Path | None, Option(help="Folder with a folder of weights for every judge.")] = None,
+    weights: Annotated[
+        Path | None, Option(help="Folder with a folder of weights for every judge, or for inception.")
+    ] = None,
     out: Annotated[
         Path | None, Option(help="Folder for picture grids, one JSON file and one of rows per set.")
     ] = None,
@@ -110,7 +116,7 @@ def evaluate(
     if what not in KINDS:
         raise RequestError(f'There is nothing to evaluate called "{what}": {nearest(what, KINDS)}.')
     if what == "distances":
-        return distances(data, pictures, features, download, count, json_output)
+        return distances(data, pictures, features, download, weights, count, json_output)
     if pictures is not None and what != "scores":
         raise RequestError(f"--pictures is for scores and distances only; {what} makes its own.")
     if judges and what not in ("scores", "reconstruction"):
@@ -268,19 +274,27 @@ def obedience(
 
 
 def distances(
-    data: Path | None, pictures: Path | None, features: str, download: bool, count: int | None, as_json: bool
+    data: Path | None,
+    pictures: Path | None,
+    features: str,
+    download: bool,
+    weights: Path | None,
+    count: int | None,
+    as_json: bool,
 ) -> None:
     """Print every distance between two sets of pictures."""
     if data is None or pictures is None:
         raise RequestError("Distances need two sets: real pictures (--data) and made ones (--pictures).")
-    from triptych.evaluation.features import compare_sets, open_features
+    from triptych.evaluation.features import KNOWN_AS, compare_sets, open_features
 
-    found = compare_sets(data, pictures, open_features(features, download), count)
+    found = compare_sets(data, pictures, open_features(features, download, weights), count)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     for name, value in found.items():
-        typer.echo(f"  {name:20s} {f'{value:.4f}' if isinstance(value, float) else value}")
+        known = KNOWN_AS.get((str(found["features"]), name))
+        told = f"{value:.4f}" if isinstance(value, float) else value
+        typer.echo(f"  {f'{name} ({known})' if known else name:20s} {told}")
 
 
 @contextmanager
