@@ -13,7 +13,7 @@ from torch import Tensor
 
 SCALE = ".scale"
 LARGEST = 127
-CHUNK_ELEMENTS = 2**22  # numbers narrowed together, which bounds the memory beside the result
+CHUNK_ELEMENTS = 2**20  # numbers narrowed together, which bounds the memory beside the result
 
 
 def narrow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,8 +101,8 @@ def _published(
         need_of("stage_c", shapes["stage_c"], STORED, working["stage_c"], item, mapped),
         need_of("stage_b", shapes["stage_b"], STORED, working["stage_b"], item, mapped),
         need_of(
-            "stage_a", shapes["stage_a"], 4, decode_working(STAGE_A["full"], height, width), mapped=on_cpu,
-            tiles=decode_tiles(STAGE_A["full"], height, width),
+            "stage_a", shapes["stage_a"], 4, decode_working(STAGE_A["full"], height, width, device.type),
+            mapped=on_cpu, tiles=decode_tiles(STAGE_A["full"], height, width, device.type),
         ),
     ]  # fmt: skip
     operations = _operations(stage_c, stage_b, latents_c, latents_b, settings["stage_c"], settings["stage_b"])

@@ -25,6 +25,7 @@ from triptych.pipelines.tiles import Tile, widened
 
 GUIDED = 2  # both branches of guidance run as one batch
 LIBRARIES = 96 * 2**20  # what matrix and convolution libraries keep for themselves once they have run
+DECODE_LIBRARIES = 10 * 2**20  # the same where only Stage A runs, on a CPU
 TILE_SIDES = (1024, 512, 256, 128, 64, 32)  # latents; Stage A's tiles are tried in this order
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # float16 is rescaled first, which makes a copy
 
@@ -50,10 +51,10 @@ class Need:
 
     def bytes(self, weights: Weights, tile: Tile | None = None) -> int:
         """Bytes on the device when the weights live so."""
-        return self.held(weights) + self.passing(weights) + dict(self.tiles).get(tile or (0, 0), self.working)
+        return self.held(weights) + dict(self.tiles).get(tile or (0, 0), self.working)
 
     def held(self, weights: Weights) -> int:
-        """Bytes of weights between two steps."""
+        """Bytes of weights: those that stay, and the room in which each block is wide in turn."""
         if self.mapped and weights in ("resident", "streamed"):
             return self.joined
         if weights == "resident":
@@ -65,13 +66,8 @@ class Need:
             "int8": self.matrices + (blocks - self.matrices) * per_number,
             "streamed": self.joined,
         }
-        return self.rest * self.item + round(inside[weights])
-
-    def passing(self, weights: Weights) -> int:
-        """Bytes of the block that is wide at a time."""
-        if weights == "resident" or (self.mapped and weights != "int8"):
-            return 0
-        return self.block * self.item
+        wide = 0 if self.mapped and weights == "narrow" else self.block
+        return (self.rest + wide) * self.item + round(inside[weights])
 
 
 def measure(
@@ -163,19 +159,23 @@ def trunk_kept(config: TrunkConfig, height: int, width: int, pictures: int, toke
     return branches * (2 * tokens * attentions + tokens * config.cond_width + inputs) * item
 
 
-def decode_working(config: StageAConfig, height: int, width: int) -> int:
+def decode_working(config: StageAConfig, height: int, width: int, device: str = "cpu") -> int:
     """Bytes Stage A works in to decode `height` x `width` pixels, in float32, the finished pixels included.
 
-    The fullest moment is the last doubling: the inner map, the outer one, and copies of both in the layout
-    that the convolution computes in.
+    The fullest moment is the last doubling: the inner map and the outer one. Accelerators are counted with
+    copies of both, in the layout that the convolution computes in.
     """
     factor = 2**config.levels
     inner = (height // factor) * (width // factor) * config.width
     outer = inner * 2 if config.levels > 1 else 0
-    return (2 * inner + 2 * outer + 4 * height * width * 3) * 4 + spans_of_threads() + LIBRARIES
+    if device != "cpu":
+        return (2 * inner + 2 * outer + 4 * height * width * 3) * 4 + LIBRARIES
+    return (inner + outer + height * width * 3) * 4 + spans_of_threads() + DECODE_LIBRARIES
 
 
-def decode_tiles(config: StageAConfig, height: int, width: int) -> tuple[tuple[Tile, int], ...]:
+def decode_tiles(
+    config: StageAConfig, height: int, width: int, device: str = "cpu"
+) -> tuple[tuple[Tile, int], ...]:
     """Tiles for the decode of `height` x `width` pixels, each with its bytes, largest first."""
     factor = 2**config.levels
     rows, columns = height // factor, width // factor
@@ -184,7 +184,7 @@ def decode_tiles(config: StageAConfig, height: int, width: int) -> tuple[tuple[T
         tile = (min(side, rows), min(side, columns))
         if tile != (rows, columns):
             around = widened(config, tile, rows, columns)
-            working = decode_working(config, factor * around[0], factor * around[1])
+            working = decode_working(config, factor * around[0], factor * around[1], device)
             found[tile] = working + 2 * height * width * 3 * 4
     return tuple(found.items())
 

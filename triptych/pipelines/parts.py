@@ -218,7 +218,10 @@ class Parts:
             repair_float16(
                 network
             )  # after merging and before placing: it reads the weights as they are stored
-        return place(network, placement)
+        place(network, placement)
+        if placement.weights == "int8":
+            return_memory(self.device)  # of what was read to be rounded
+        return network
 
     def blame(self, part: str) -> CheckpointError:
         """The error for a network that answered NaN or infinity: the file's fault, or the precision's."""

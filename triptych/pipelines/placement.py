@@ -17,7 +17,7 @@ other devices than its own would lose their way, for the same memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -33,6 +33,7 @@ Weights = Literal["resident", "narrow", "int8", "streamed"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_SIDE = 192  # a matmul of this side takes 0.2 ms in float32, and 10 ms where bfloat16 is emulated
 PROBE_RUNS = 6  # the first one also pays for starting the library
+LINE = 32  # numbers: one cache line, or two
 PROBE_GAIN = 1.3  # how much faster bfloat16 must be before its rounding is worth it
 
 
@@ -120,6 +121,7 @@ def place(module: nn.Module, placement: Placement) -> nn.Module:
     for name, owner, tensor in _slots(module):
         if id(tensor) not in inside:
             _fill(owner, name, _moved(tensor, placement.device, placement.dtype))
+    wide = _Wide(placement)
     for block in blocks:
         scales: dict[int, Tensor] = {}
         for name, owner, tensor in list(_slots(block)) if placement.weights != "streamed" else ():
@@ -130,7 +132,7 @@ def place(module: nn.Module, placement: Placement) -> nn.Module:
             else:
                 kept = tensor.to(placement.device, copy=True)
             _fill(owner, name, kept)
-        visit = _Visit(block, placement, scales)
+        visit = _Visit(block, placement, scales, wide)
         block.register_forward_pre_hook(visit.enter)
         block.register_forward_hook(visit.leave, always_call=True)
     return module
@@ -149,26 +151,66 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
             yield from blocks_of(child)
 
 
+class _Wide:
+    """Memory for the wide weights of one block, which the blocks of a network use in turn.
+
+    Fresh memory for each would cost the system's work for its pages at every step, and holes between what
+    is freed and what stays.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.most = 0
+        self._memory: Tensor | None = None
+
+    def make_room(self, tensors: Iterable[Tensor]) -> None:
+        self.most = max(self.most, sum(_padded(tensor) for tensor in tensors))
+
+    def take(self, start: int, like: Tensor) -> Tensor:
+        """Uninitialised memory from number `start` on, in the shape of `like`."""
+        if self._memory is None:
+            place = self.placement
+            self._memory = torch.empty(self.most, dtype=place.dtype, device=place.device)
+        return self._memory[start : start + like.numel()].view(like.shape)
+
+
+def _padded(tensor: Tensor) -> int:
+    """Numbers a tensor takes up in `_Wide`, where each begins at the start of a cache line."""
+    return -(-tensor.numel() // LINE) * LINE
+
+
 class _Visit:
     """Brings a block's weights to where they compute when it runs and puts the stored ones back after."""
 
-    def __init__(self, block: nn.Module, placement: Placement, scales: dict[int, Tensor]) -> None:
+    def __init__(
+        self, block: nn.Module, placement: Placement, scales: dict[int, Tensor], wide: _Wide
+    ) -> None:
         self.slots = list(_slots(block))
         self.placement = placement
         self.scales = scales  # of int8 rows, by the identity of their matrix
+        self.wide = wide
+        wide.make_room({id(stored): stored for _, _, stored in self.slots if self._changes(stored)}.values())
+
+    def _changes(self, stored: Tensor) -> bool:
+        if not stored.is_floating_point():
+            return id(stored) in self.scales
+        return (stored.dtype, stored.device) != (self.placement.dtype, self.placement.device)
 
     def enter(self, block: nn.Module, inputs: Any) -> None:
         moved: dict[int, Tensor] = {}  # a weight that a block uses twice is moved once
+        start = 0
         for name, owner, stored in self.slots:
             if id(stored) not in moved:
-                moved[id(stored)] = self._widened(stored)
+                moved[id(stored)] = self._widened(stored, start)
+                start += _padded(stored) if self._changes(stored) else 0
             _fill(owner, name, moved[id(stored)])
 
-    def _widened(self, stored: Tensor) -> Tensor:
-        scale = self.scales.get(id(stored))
-        if scale is None:
+    def _widened(self, stored: Tensor, start: int) -> Tensor:
+        if not self._changes(stored):
             return _moved(stored, self.placement.device, self.placement.dtype)
-        return (stored * scale[:, None]).to(self.placement.dtype)  # the product is float32
+        target = self.wide.take(start, stored).copy_(stored)
+        scale = self.scales.get(id(stored))
+        return target if scale is None else target.mul_(scale[:, None])  # multiplied in float32
 
     def leave(self, block: nn.Module, inputs: Any, output: Any) -> None:
         for name, owner, stored in self.slots:

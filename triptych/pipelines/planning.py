@@ -69,13 +69,13 @@ def needs_of(parts: Parts, request: Request, planned: Sequence[str] = PLANNED) -
         "text_encoder": text_working(shapes.get("text_encoder", {}), item),
         "stage_c": trunk_working(stage_c, *parts.size_c(height, width), pictures, item),
         "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
-        "stage_a": decode_working(stage_a, height, width),
+        "stage_a": decode_working(stage_a, height, width, parts.device.type),
     }
     kept = {
         "stage_c": trunk_kept(stage_c, *parts.size_c(height, width), pictures, TOKENS_C, item),
         "stage_b": trunk_kept(stage_b, *latent_size_b(height, width), pictures, TOKENS_B, item),
     }
-    tiles = {"stage_a": decode_tiles(stage_a, height, width)}
+    tiles = {"stage_a": decode_tiles(stage_a, height, width, parts.device.type)}
     needs = [
         measure(
             part,
