@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from triptych import Cascade
 from triptych.apps.cli.main import app
 from triptych.data.shapes import HELDOUT, draw_shapes
-from triptych.data.shards import ShardIndex
+from triptych.data.shards import Sample, ShardIndex
 from triptych.data.sources import DrawnShapes
 from triptych.errors import DataError, RequestError
 from triptych.evaluation.editing import evaluate_img2img, evaluate_variations
@@ -23,8 +25,10 @@ from triptych.evaluation.evaluate import (
     evaluate_shapes,
 )
 from triptych.evaluation.icon_judge import load_judge
+from triptych.evaluation.naming import evaluate_image_encoder
 from triptych.evaluation.prompts import ShapesPrompt, icon_prompts, shapes_prompts
 from triptych.pipelines.cascade import Event
+from triptych.pipelines.pictures import embed_pictures
 from triptych.pipelines.request import Request, Result
 
 FIXTURE = Path(__file__).parents[2] / "recipes" / "tiny" / "fixture-64.tar"
@@ -137,6 +141,52 @@ def test_variations_stand_beside_sources_reconstructions_and_random_pictures(cas
         evaluate_variations(cascade, unknown, 3)
 
 
+def test_variations_are_what_vary_makes_with_the_same_seeds(cascade: Cascade) -> None:
+    samples = ShardIndex(FIXTURE, keep=lambda meta: meta.get("concept") in load_judge().concepts)
+    report = evaluate_variations(cascade, samples, 2, seeds=(0, 1), size="64x64")
+    second = samples[len(samples) // 2].image
+    alone = cascade.vary(second, seeds=[SEED_STRIDE + 1], size="64x64").images[0]
+    assert report.images[report.columns + 2].tobytes() == alone.tobytes()
+
+
+@dataclass
+class Named:
+    """Four drawings whose names and concepts are told."""
+
+    samples: list[Sample]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> Sample | None:
+        return self.samples[index]
+
+
+def test_an_image_encoder_is_measured_by_the_names_nearest_to_pictures(cascade: Cascade) -> None:
+    told = [("a sun", "sun"), ("a moon", "moon"), ("another sun", "sun"), ("", "cloud")]
+    source = Named(
+        [
+            Sample(
+                str(seed), draw_shapes(seed, 64, 64).image, (f"caption {seed}",), {"name": n, "concept": c}
+            )
+            for seed, (n, c) in enumerate(told)
+        ]
+    )
+    report = evaluate_image_encoder(cascade, source, 100)
+    names = ["a sun", "a moon", "caption 3"]  # one of each concept; a caption where there is no name
+    assert [row["name"] for row in report.rows] == names
+    embeds = embed_pictures(cascade.parts, report.images).double()
+    with cascade.parts.turn("text_encoder") as encoder:
+        pooled = encoder.encode(names)[1].double()
+    nearness = torch.nn.functional.cosine_similarity(embeds[:, None], pooled[None], dim=2)
+    ranks = [sorted(row, reverse=True).index(row[own]) + 1 for own, row in enumerate(nearness.tolist())]
+    assert [row["rank"] for row in report.rows] == ranks
+    assert report.measures["first"].value == pytest.approx(sum(rank == 1 for rank in ranks) / 3)
+    assert report.measures["top5"].value == 1  # of three
+    with pytest.raises(DataError, match="at least two"):
+        evaluate_image_encoder(cascade, source, 1)
+
+
 def test_more_strength_leaves_less_of_a_picture(cascade: Cascade) -> None:
     report = evaluate_img2img(cascade, DrawnShapes(3), 3, strengths=(0.0, 0.5, 1.0), steps=4, size="64x64")
     distances = [report.measures[f"distance at {strength}"].value for strength in ("0", "0.5", "1")]
@@ -164,7 +214,8 @@ def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_pat
     ("arguments", "message"),
     [
         (["shape"], 'called "shape": did you mean "shapes"'),
-        (["icons", "--data", "x.tar"], "--data is for reconstruction, variations, img2img"),
+        (["icons", "--data", "x.tar"], "--data is for reconstruction, image_encoder, variations"),
+        (["image_encoder", "--steps", "3"], "image_encoder draws nothing: leave steps out"),
         (["variations"], "name a tar shard of them with --data"),
     ],
 )

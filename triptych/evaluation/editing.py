@@ -21,7 +21,7 @@ from triptych.evaluation.metrics import mean_interval, mobilenet_paired_distance
 from triptych.images import cover, to_pixels
 from triptych.pipelines.cascade import Cascade
 from triptych.pipelines.inputs import NOTHING, Inputs
-from triptych.pipelines.pictures import embed_pictures, encode_semantic, pooled_from
+from triptych.pipelines.pictures import encode_semantic
 from triptych.pipelines.request import Request
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -47,28 +47,15 @@ def evaluate_variations(
     request = cascade.resolve(Request(prompt="", **settings))
     images = [cover(image, request.size or image.size) for image in images]
     settings = {**settings, "size": request.size}
-    told_by_pictures = cascade.parts.info("stage_c").settings.get("guidance_with_picture")
-    if told_by_pictures is not None:  # as for `vary`
-        settings.setdefault("guidance", told_by_pictures)
-    embeds = embed_pictures(cascade.parts, images).cpu()
-    pooled = pooled_from(cascade.parts, embeds)
-    told = Inputs(
-        image_embed=embeds.repeat(len(seeds), 1)[:, None],
-        text_pooled=None if pooled is None else pooled.repeat(len(seeds), 1)[:, None],
-    )
     drawn = [seed * SEED_STRIDE + index for seed in seeds for index in range(len(images))]
     whole = len(drawn) + 2 * len(images)
     latents = torch.cat([encode_semantic(cascade.parts, to_pixels([image])) for image in images])
     first = drawn[: len(images)]
-    made = {"source": images}
-    done = 0
-    for kind, own, inputs in (
-        ("variation", drawn, told),
-        ("reconstruction", first, Inputs(latents_c=latents)),
-        ("random", first, NOTHING),
-    ):
-        made[kind] = _make(cascade, [""] * len(own), own, inputs, settings, progress, done, whole)
-        done += len(own)
+    made = {"source": images, "variation": _vary(cascade, images, drawn, settings, progress, whole)}
+    done = len(drawn)
+    for kind, inputs in (("reconstruction", Inputs(latents_c=latents)), ("random", NOTHING)):
+        made[kind] = _make(cascade, [""] * len(first), first, inputs, settings, progress, done, whole)
+        done += len(first)
     rows = [
         {"kind": kind, "concept": concept, "rank": rank, "first": rank == 1, f"top{TOP}": rank <= TOP}
         for kind, shown in made.items()
@@ -140,6 +127,25 @@ def _icons(source: ShardIndex, count: int, judge: LoadedJudge) -> tuple[list[str
         raise DataError("Variations are measured on icons of the judge's concepts; the data has none.")
     chosen = [known[index * len(known) // count] for index in range(count)]
     return [str(source.meta(index)["concept"]) for index in chosen], [source[index].image for index in chosen]
+
+
+def _vary(
+    cascade: Cascade,
+    images: Sequence[Image.Image],
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    progress: Progress | None,
+    whole: int,
+) -> list[Image.Image]:
+    """A variation for every seed, the pictures taken in turn; `whole` pictures will be made in all."""
+    made: dict[int, Image.Image] = {}
+    for index, image in enumerate(images):
+        own = range(index, len(seeds), len(images))
+        drawn = cascade.vary(image, count=len(own), seeds=[seeds[one] for one in own], **settings)
+        made.update(zip(own, drawn.images, strict=True))
+        if progress is not None:
+            progress(len(made), whole)
+    return [made[index] for index in range(len(seeds))]
 
 
 def _make(

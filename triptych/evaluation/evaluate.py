@@ -124,7 +124,7 @@ def evaluate_shapes(
             }
         )
     names = ("right", "objects", "colours", "shapes", "count", "relations", "background")
-    measures = {measure: _share(rows, measure) for measure in names}
+    measures = {measure: share(rows, measure) for measure in names}
     return Report(name, {m: e for m, e in measures.items() if e.count}, rows, used, images)
 
 
@@ -154,7 +154,7 @@ def evaluate_icons(
         }
         for prompt, seed, rank, score in zip(asked, drawn, ranks, scores, strict=True)
     ]
-    measures = {name: _share(rows, name) for name in ("first", f"top{TOP}")}
+    measures = {name: share(rows, name) for name in ("first", f"top{TOP}")}
     return Report("icons", measures, rows, used, images)
 
 
@@ -236,7 +236,7 @@ def _usable(source: Source, count: int) -> Iterator[tuple[str, str, Image.Image]
             yield sample.key, sample.caption, sample.image
 
 
-def _share(rows: Sequence[dict[str, Any]], name: str) -> Estimate:
+def share(rows: Sequence[dict[str, Any]], name: str) -> Estimate:
     """The share of rows where `name` holds, among those that say anything about it."""
     told = [bool(row[name]) for row in rows if row[name] is not None]
     return wilson(sum(told), len(told))

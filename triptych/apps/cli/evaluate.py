@@ -28,6 +28,8 @@ Examples:
 
   triptych evaluate reconstruction --data val.tar
 
+  triptych evaluate image_encoder --data val.tar
+
   triptych evaluate variations --data val.tar --count 40 --seeds 2
 
   triptych evaluate distances --data real --pictures made --features inception --weights judges
@@ -40,7 +42,8 @@ Examples:
 
 shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
 shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
-reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. variations: is the
+reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. image_encoder: is
+a picture's own name the nearest of a hundred to its embedding? Nothing is drawn for that. variations: is the
 concept of an icon still seen in its variations? img2img: how much of a picture is left at each strength?
 canny, inpainting, super_resolution, pixel_super_resolution: how well pictures follow their ControlNet.
 structured: one skill at a time, as GenEval asks: counting, colours, position, binding. scores: any prompts,
@@ -53,9 +56,9 @@ package (mobilenet), is yours in WEIGHTS/inception (FID and KID as published), o
 """
 
 CONTROLS = ("canny", "inpainting", "super_resolution", "pixel_super_resolution")
-PICTURES = ("reconstruction", "variations", "img2img", *CONTROLS)
+PICTURES = ("reconstruction", "image_encoder", "variations", "img2img", *CONTROLS)
 KINDS = ("shapes", "structured", "icons", "scores", *PICTURES, "distances")
-DEFAULT_PICTURES = {"reconstruction": 100, "variations": 40, "img2img": 20} | dict.fromkeys(CONTROLS, 100)
+DEFAULT_PICTURES = dict.fromkeys(PICTURES, 100) | {"variations": 40, "img2img": 20}
 # Measures that are no shares.
 PLAIN = ("psnr", "ssim", "distance", "lpips", "dists", "score", "hps", "imagereward", "aesthetic")
 
@@ -249,7 +252,9 @@ def measured(
         source = DrawnShapes(number) if data is None else ShardIndex(data)
         number = len(source) if everything and count is None else number
         with pictures_progress(what) as progress:
-            if what == "reconstruction":
+            if what == "image_encoder":
+                yield naming(cascade, source, number, settings)
+            elif what == "reconstruction":
                 settings.pop("size", None)  # every picture keeps its own
                 yield evaluation.evaluate_reconstruction(cascade, source, number, 0, progress, **settings)
             elif what in CONTROLS:
@@ -258,6 +263,15 @@ def measured(
                 yield editing.evaluate_variations(cascade, source, number, seeds, progress, **settings)
             else:
                 yield editing.evaluate_img2img(cascade, source, number, 0, progress, **settings)
+
+
+def naming(cascade: Cascade, source: Any, count: int, settings: dict[str, Any]) -> Report:
+    """How often a picture's own name is the nearest."""
+    from triptych.evaluation.naming import evaluate_image_encoder
+
+    if settings:
+        raise RequestError(f"image_encoder draws nothing: leave {', '.join(settings)} out.")
+    return evaluate_image_encoder(cascade, source, count)
 
 
 def obedience(
