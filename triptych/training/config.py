@@ -176,6 +176,16 @@ class LoraSettings(Settings):
     )
 
 
+class DistilSettings(Settings):
+    """A LoRA of Stage C that learns from its own base (recipe "lora")."""
+
+    kind: Literal["none", "guidance", "consistency"] = Field(
+        "none", description="what is learned instead of pictures: see training/distil.py"
+    )
+    guidance: float = Field(4.0, ge=1, description="guidance of the base that is learned from")
+    levels: int = Field(20, ge=2, description="consistency: noise levels on the base's path")
+
+
 class RunSettings(Settings):
     """Everything a run depends on."""
 
@@ -223,6 +233,7 @@ class RunSettings(Settings):
     diffusion: DiffusionSettings = DiffusionSettings()
     control: ControlSettings = ControlSettings()
     lora: LoraSettings = LoraSettings()
+    distil: DistilSettings = DistilSettings()
 
     @model_validator(mode="after")
     def _savings_go_together(self) -> RunSettings:

@@ -33,6 +33,7 @@ from triptych.errors import MissingExtra, SettingsError
 from triptych.models.lora import Change, TokenTable
 from triptych.training.checkpointing import store_base
 from triptych.training.config import LoraSettings, RunSettings
+from triptych.training.distil import distil_loss
 from triptych.training.draws import Draws
 from triptych.training.encoders import Encoded, Encoders, encode_pictures, load_encoders, shrink_mask
 from triptych.training.prior import gated, open_prior, prior_loss
@@ -117,6 +118,7 @@ def lora_task(
         losses = None
         for part in own.parts:
             loss_of: Any = stage_c_loss if part == "stage_c" else stage_b_loss
+            loss_of = loss_of if settings.distil.kind == "none" else distil_loss
             network = base.networks[part]
             one = loss_of(settings, network, encoded, noise, adaptive, base.encoders, device)
             losses = one if losses is None else dataclasses.replace(losses, total=losses.total + one.total)
@@ -309,6 +311,8 @@ def lora_info(settings: RunSettings, base: Base) -> PartInfo:
     told = {"base": own.model, "kind": own.kind, "rank": own.rank, "modules": list(own.modules)}
     if own.token:
         told |= {"token": token_name(settings.name), "word": own.word, GATE: own.gate}
+    if settings.distil.kind != "none":
+        told |= {"distilled": settings.distil.kind, "guidance": settings.distil.guidance}
     return PartInfo(
         "lora", settings=told, recipe=settings.name or settings.recipe, licence="; ".join(licences),
         notice=" ".join(notices), size=stated.size,

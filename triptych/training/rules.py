@@ -61,6 +61,13 @@ def conflicts(settings: RunSettings) -> Iterator[str]:
                 'optim.kind = "schedule_free" interpolates weights at every step, for which bfloat16 is too '
                 'coarse: use weights = "float32"'
             )
+    if settings.distil.kind != "none":
+        own = settings.lora
+        if settings.recipe != "lora" or own.token or own.prior or own.parts != ("stage_c",):
+            yield (
+                f'distil.kind = "{settings.distil.kind}" teaches a LoRA what its base answers: use recipe = '
+                '"lora", lora.token = false, lora.prior = 0 and lora.parts = ["stage_c"]'
+            )
     if settings.lora.base != "float32" and settings.recipe == "lora" and not settings.checkpointing:
         yield (
             f'lora.base = "{settings.lora.base}" saves nothing while widened copies wait for the backward '
