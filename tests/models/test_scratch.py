@@ -15,6 +15,7 @@ from triptych.models.scratch import Scratch
 from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
+from triptych.pipelines.speed import missing_compiler
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -139,6 +140,22 @@ def test_memory_of_what_is_kept_is_bounded(stage) -> None:
     assert_same(ask(network, x, cond, scratch=tight), ask(network, x, cond))
     assert_same(ask(network, x, cond, scratch=tight), ask(network, x, cond))
     assert tight.used <= 5000
+
+
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it imports its compiler
+def test_a_compiled_block_gives_the_same_and_serves_its_kind() -> None:
+    from torch._dynamo.utils import counters
+
+    made: list[int] = []
+    network = [randomised(ConvBlock(8)) for _ in range(3)]
+    x = normal(1, 8, 3, 4).to(memory_format=torch.channels_last)
+    for index, block in enumerate(network):
+        with torch.no_grad():
+            want = block(x)
+            assert_same(block(x, scratch=Scratch(compiled=True)), want)
+        made.append(counters["stats"]["unique_graphs"])
+        assert made[-1] == made[0], f"block {index} was compiled anew"
 
 
 @pytest.mark.parametrize("block", [ConvBlock(8), ConvBlock(8, 4), FeedForwardBlock(8)])

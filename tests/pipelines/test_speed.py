@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from triptych import Cascade
+from triptych.errors import RequestError
+from triptych.models import compiled
+from triptych.pipelines import speed
 from triptych.pipelines.control import Steering
 from triptych.pipelines.speed import Branches, Speed
 
@@ -55,6 +59,20 @@ def test_a_picture_is_the_same_without(switch: str, cascade: Cascade) -> None:
     assert_same(got.latents_b, want.latents_b)
 
 
+@pytest.mark.parametrize("rest", ["fused", "all"])
+def test_a_picture_is_the_same_in_compiled_blocks(
+    rest: str, cascade: Cascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, but not translated: what the translation gives is looked at in tests/models."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    cascade.parts.speed = Speed()
+    want = cascade.generate("a red apple", **SETTINGS)
+    cascade.parts.speed = replace(SWITCHES[rest], compiled=True)
+    got = cascade.generate("a red apple", **SETTINGS)
+    assert_same(got.latents_c, want.latents_c)
+    assert_same(got.latents_b, want.latents_b)
+
+
 @pytest.mark.parametrize("switch", ["share", "together", "all"])
 def test_a_steered_picture_is_the_same_without(switch: str, cascade: Cascade, steering: Steering) -> None:
     cascade.parts.speed = Speed()
@@ -91,6 +109,27 @@ def test_branches_run_as_one_batch_or_one_after_the_other(speed: Speed, asked: l
     (only,) = branches(torch.zeros(2, 1), torch.zeros(2), ("cond",))
     assert only.flatten().tolist() == [0, 1]
     assert seen == [*asked, (2, 2)]
+
+
+def test_a_missing_compiler_is_said_before_anything_is_loaded(
+    tiny_cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    monkeypatch.setattr(speed, "missing_compiler", lambda device: "a C++ compiler")
+    with pytest.raises(RequestError, match="needs a C\\+\\+ compiler"):
+        Cascade.load(tiny_cascade, speed=Speed(compiled=True))
+
+
+def test_compiled_blocks_and_memory_limits_exclude_each_other(tiny_cascade: Path) -> None:
+    cascade = Cascade.load(tiny_cascade)
+    cascade.parts.speed = Speed(compiled=True)
+    with pytest.raises(RequestError, match="leave out compiling"):
+        cascade.generate("a red apple", max_memory="4GiB")
+
+
+def test_switches_can_be_given_when_loading(tiny_cascade: Path) -> None:
+    off = Speed(once=False, fused=False, share=False, together=False)
+    assert Cascade.load(tiny_cascade, speed=off).parts.speed == off
 
 
 def test_guidance_one_runs_one_branch(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:

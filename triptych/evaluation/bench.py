@@ -100,6 +100,11 @@ class Bench:
     def as_json(self) -> dict[str, Any]:
         return {
             "ratios": {name: case.ratio() for name, case in self.cases.items()},
+            "compiled": {
+                name: case.seconds["diffusers compiled"] / case.seconds["triptych compiled"]
+                for name, case in self.cases.items()
+                if "diffusers compiled" in case.seconds
+            },
             "above_floor": {name: case.above_floor() for name, case in self.cases.items() if case.floor},
             "seconds": {name: case.seconds for name, case in self.cases.items()},
             "spread": {name: case.spread for name, case in self.cases.items()},
@@ -193,10 +198,15 @@ def bench_network(
         "diffusers": their_steps(theirs, x, cond, dtype, steps),
     }
     if plan.compiled:
-        progress(f"{part}: compiling diffusers' network")
-        compiled: Any = torch.compile(theirs)
-        contenders["diffusers compiled"] = their_steps(compiled, x, cond, dtype, steps)
-        next(contenders["diffusers compiled"])
+        progress(f"{part}: compiling both networks")
+        speed = replace(plan.speed, compiled=True).ready(x.device)
+        blocks = our_branches(ours, cond, dtype, steps, speed)
+        contenders["triptych compiled"] = our_steps(blocks, x, count, steps)
+        network: Any = torch.compile(theirs)
+        contenders["diffusers compiled"] = their_steps(network, x, cond, dtype, steps)
+        with torch.no_grad():
+            difference = max(difference, compare(torch.cat(list(blocks(x, told[:1], BOTH[:count]))), answer))
+            next(contenders["diffusers compiled"])
     progress(f"{part}: measuring")
     measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device, progress)
     plain = Scratch(once=False, fused=False)

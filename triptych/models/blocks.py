@@ -3,7 +3,8 @@
 Feature maps are (B, C, H, W) tensors in channels-last memory, so that the norms and linear layers, which
 work on channels, and the depthwise convolutions, which work on space, share one layout without copies.
 
-For sampling, blocks take a `Scratch`. While its `fused` is set, they may overwrite the map they are given.
+For sampling, blocks take a `Scratch`. While its `fused` is set, they may overwrite the map they are given;
+while its `compiled` is, they run under torch.compile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from triptych.models.compiled import run_compiled
 from triptych.models.fused import add_perceptron, is_plain
 from triptych.models.response import Response
 from triptych.models.scratch import Scratch, keep, spread
@@ -102,8 +104,15 @@ class ConvBlock(nn.Module):
         self.channelwise = perceptron(width + skip_width, width, dropout)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
-        if scratch is not None and can_overwrite(self.channelwise, x, scratch):
-            return overwrite(x, self.channelwise, self.depthwise(x), skip, self.norm_eps, scratch)
+        if scratch is not None and is_bare(self.channelwise, x):
+            if scratch.compiled:
+                return run_compiled(ConvBlock.plain, self, x, skip)
+            if scratch.fused:
+                return overwrite(x, self.channelwise, self.depthwise(x), skip, self.norm_eps, scratch)
+        return self.plain(x, skip)
+
+    def plain(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """The formula itself."""
         h = norm_last(channels_last(self.depthwise(x)), self.norm_eps)  # (B, H, W, C)
         if skip is not None:
             h = torch.cat([h, channels_last(skip)], dim=-1)  # the skip joins after the norm, as it is
@@ -120,8 +129,15 @@ class FeedForwardBlock(nn.Module):
         self.channelwise = perceptron(width, width, dropout)
 
     def forward(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        if scratch is not None and can_overwrite(self.channelwise, x, scratch):
-            return overwrite(x, self.channelwise, x, None, self.norm_eps, scratch)
+        if scratch is not None and is_bare(self.channelwise, x):
+            if scratch.compiled:
+                return run_compiled(FeedForwardBlock.plain, self, x)
+            if scratch.fused:
+                return overwrite(x, self.channelwise, x, None, self.norm_eps, scratch)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The formula itself."""
         return x + channels_first(self.channelwise(norm_last(channels_last(x), self.norm_eps)))
 
 
@@ -136,10 +152,10 @@ def perceptron(width_in: int, width: int, dropout: float) -> nn.Sequential:
     )
 
 
-def can_overwrite(layers: Any, x: Tensor, scratch: Scratch) -> bool:
-    """May a block with this perceptron work in place?"""
+def is_bare(layers: Any, x: Tensor) -> bool:
+    """Is this perceptron nothing but its formula: may a block with it work in place, or be compiled?"""
     dropout = layers.training and layers[3].p > 0
-    return scratch.fused and not dropout and is_plain(layers[0], x) and is_plain(layers[4], x)
+    return not dropout and is_plain(layers[0], x) and is_plain(layers[4], x)
 
 
 def overwrite(
@@ -237,6 +253,10 @@ class PackedAttention(nn.Module):
         )
         return mixed.transpose(1, 2).flatten(2)
 
+    def is_bare(self, x: Tensor) -> bool:
+        """Is it nothing but its formula?"""
+        return not self.training and is_plain(self.in_proj, x) and is_plain(self.out_proj, x)
+
     def project_context(self, context: Tensor) -> Tensor:
         """Keys and values of the context (B, m, 2C); its queries are never needed, so they are not computed
         unless something (an adapter, a quantised layer) has taken the place of the plain linear layer."""
@@ -275,12 +295,19 @@ class AttentionBlock(nn.Module):
         """Keys and values of tokens are made once per scratch. More tokens than maps: see `spread`."""
         attn = self.attention.attn
         context = keep(scratch, self, len(tokens), lambda: attn.project_context(self.kv_mapper(tokens)))
-        h = norm_last(channels_last(x), self.norm_eps).flatten(1, 2)  # (B, H * W, C)
-        x = spread(x, len(tokens))
+        if scratch is not None and scratch.compiled and attn.is_bare(x):
+            return run_compiled(AttentionBlock.plain, self, x, context)
         if scratch is not None and scratch.fused and is_plain(attn.out_proj, x):
+            h = norm_last(channels_last(x), self.norm_eps).flatten(1, 2)  # (B, H * W, C)
+            x = spread(x, len(tokens))
             onto = as_rows(x)
             mixed = attn.attend(h, context, self.self_attention)
             onto.flatten(0, 1).addmm_(mixed.flatten(0, 1), attn.out_proj.weight.t()).add_(attn.out_proj.bias)
             return channels_first(onto.unflatten(1, x.shape[-2:]))
-        mixed = attn(h, context, self.self_attention)
-        return x + channels_first(mixed.unflatten(1, x.shape[-2:]))
+        return self.plain(x, context)
+
+    def plain(self, x: Tensor, context: Tensor) -> Tensor:
+        """The formula itself, with the keys and values of tokens."""
+        h = norm_last(channels_last(x), self.norm_eps).flatten(1, 2)  # (B, H * W, C)
+        mixed = self.attention.attn(h, context, self.self_attention)
+        return spread(x, len(context)) + channels_first(mixed.unflatten(1, x.shape[-2:]))

@@ -46,6 +46,7 @@ class Scratch:
     fused    blocks may overwrite maps and work through them in spans, where no gradient is needed
     reuse    work out the deep levels of a trunk only at every so many-th call, and let the calls between
              take what they gave [Ma et al. 2023, DeepCache]; 1 works them out always. Other results!
+    compiled blocks run under torch.compile, where no gradient is needed, rather than in spans
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Scratch:
         buffer: Buffer | None = None,
         limit: int = LIMIT,
         reuse: int = 1,
+        compiled: bool = False,
     ) -> None:
         self.times = tuple(times) if once else ()
         self.row: int | None = None
@@ -67,11 +69,16 @@ class Scratch:
         self._deep: Tensor | None = None
         self._calls = 0  # since the deep levels ran
         self._fused = fused
+        self._compiled = compiled
         self._kept: dict[tuple[Hashable, int], Tensor] = {}
 
     @property
     def fused(self) -> bool:
         return self._fused and not torch.is_grad_enabled()
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled and not torch.is_grad_enabled()
 
     def at(self, time: float | None) -> None:
         """The next step is told `time`; None where nobody knows."""

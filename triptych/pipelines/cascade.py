@@ -52,6 +52,7 @@ from triptych.pipelines.pictures import (
 from triptych.pipelines.placement import choose_device, choose_dtype
 from triptych.pipelines.planning import plan_requests
 from triptych.pipelines.request import Request, Result
+from triptych.pipelines.speed import Speed
 from triptych.pipelines.stages import Event, Run
 from triptych.sizes import PIXELS_PER_LATENT_C, SIDE_MULTIPLE, latent_size_b
 
@@ -82,21 +83,24 @@ class Cascade:
         device: str = "auto",
         dtype: str = "auto",
         low_memory: bool = False,
+        speed: Speed | None = None,
     ) -> Cascade:
         """A cascade by name ("mini", "cascade", "cascade-lite"), folder or hub name; any C goes with any B.
 
-        No weight is read yet. Raises CheckpointError for an unknown model or a file that does not fit and
-        RequestError for a device that is not there.
+        No weight is read yet. `speed` switches off what makes sampling faster at the same result, or has
+        blocks compiled. Raises CheckpointError for an unknown model or a file that does not fit and
+        RequestError for a device or a compiler that is not there.
         """
         overrides = {"stage_c": stage_c, "stage_b": stage_b, "stage_a": stage_a, "text_encoder": text_encoder}
         chosen = {name: None if value is None else str(value) for name, value in overrides.items()}
         return cls.for_request(
-            Request(prompt="", model=str(model), device=device, dtype=dtype, low_memory=low_memory, **chosen)
+            Request(prompt="", model=str(model), device=device, dtype=dtype, low_memory=low_memory, **chosen),
+            speed,
         )
 
     @classmethod
-    def for_request(cls, request: Request) -> Cascade:
-        """The cascade that `request` names."""
+    def for_request(cls, request: Request, speed: Speed | None = None) -> Cascade:
+        """The cascade that `request` names; see `load`."""
         files = find_model(
             request.model,
             stage_c=request.stage_c,
@@ -104,7 +108,10 @@ class Cascade:
             stage_a=request.stage_a,
             text_encoder=request.text_encoder,
         )
-        return cls(files, request)
+        cascade = cls(files, request)
+        if speed is not None:
+            cascade.parts.speed = speed.ready(cascade.device)
+        return cascade
 
     def resolve(self, request: Request, brought: Sequence[Brought] | None = None) -> Request:
         """The request with every default filled in from this model's files, and checked against them.
@@ -375,6 +382,10 @@ class Cascade:
     def _arrange(self, requests: Sequence[Request]) -> bool | None:
         """Settle where weights live for requests that are carried out together; returns whether some are
         rounded to int8, which their pictures tell."""
+        if self.parts.speed.compiled and any(one.max_memory or one.low_memory for one in requests):
+            raise RequestError(
+                "Compiled blocks take memory that no plan counts: leave out compiling, or the memory limit."
+            )
         chosen = plan_requests(self.parts, requests)
         self.parts.arrange(chosen)
         self.parts.wear(requests[0].lora)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from triptych.checkpoints.hub import cache_folder
 from triptych.diffusion.denoiser import Branch
+from triptych.errors import RequestError
 from triptych.models.scratch import LIMIT, Buffer, Scratch
+
+COMPILED = "triptych-compiled"  # a folder
 
 Answer = Callable[[Tensor, Tensor, slice, Scratch], Tensor]
 """`answer(x, t, rows, scratch)`: the network's prediction for those rows of the conditions, which are all of
@@ -24,7 +30,38 @@ class Speed:
     fused: bool = True  # blocks work in place and in spans that stay in the cache
     share: bool = True  # what is equal in both branches of guidance is worked out once
     together: bool = True  # both branches in one batch; one after the other needs half the memory
+    compiled: bool = False  # blocks run under torch.compile, rather than in spans
     kept_bytes: int = LIMIT  # `once` keeps at most this
+
+    def ready(self, device: torch.device) -> Speed:
+        """These switches, once it is sure that they work on `device`. Raises RequestError without a compiler.
+
+        What torch.compile makes is stored beside the files of the hub, unless TORCHINDUCTOR_CACHE_DIR says
+        another folder, and found there by later processes.
+        """
+        if self.compiled:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / COMPILED))
+            missing = missing_compiler(device)
+            if missing:
+                raise RequestError(
+                    f"Compiling needs {missing}, which is not here: install it, or do without."
+                )
+        return self
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile would need for `device` and does not find."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "Triton"
+    if device.type != "cpu":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:  # InvalidCxxCompiler is one
+        return "a C++ compiler"
+    return None
 
 
 class Branches:
@@ -57,7 +94,13 @@ class Branches:
         if branches not in self._scratches:
             speed = self.speed
             self._scratches[branches] = Scratch(
-                self.times, speed.once, speed.fused, self._buffer, speed.kept_bytes, self.reuse
+                self.times,
+                speed.once,
+                speed.fused,
+                self._buffer,
+                speed.kept_bytes,
+                self.reuse,
+                speed.compiled,
             )
         scratch = self._scratches[branches]
         scratch.at(self.time)

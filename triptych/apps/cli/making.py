@@ -45,7 +45,7 @@ def make(
     from triptych.pipelines.inputs import NOTHING
 
     imported = time.perf_counter() - STARTED
-    cascade = Cascade.for_request(request)
+    cascade = Cascade.for_request(request, run.speed())
     request = cascade.resolve(request.replaced(preview=run.preview))
     inputs = NOTHING if prepare is None else prepare(cascade, request)
     events = cascade.stream(request, inputs)

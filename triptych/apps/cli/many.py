@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from triptych.pipelines.bulk import Progress
     from triptych.pipelines.cascade import Cascade
     from triptych.pipelines.prompt_file import Wanted
+    from triptych.pipelines.speed import Speed
 
 WORK_FOLDER = ".triptych-work"  # inside --out; holds what lies between the stages, and goes at the end
 MOST_SETTINGS = 4096  # bytes of a picture's settings
@@ -34,7 +35,7 @@ def make_many(prompts: Path, given: dict[str, Any], run: RunOptions, pipelined: 
     """
     if run.preview or run.like is not None:
         raise RequestError("--prompts makes many pictures by themselves; leave out --preview and --like.")
-    wanted = all_pictures(prompts, given)
+    wanted = all_pictures(prompts, given, run.speed())
     total = sum(len(pictures) for _, pictures in wanted)
     left = [(cascade, still_missing(pictures, run.out)) for cascade, pictures in wanted]
     remaining = sum(len(pictures) for _, pictures in left)
@@ -53,7 +54,9 @@ def make_many(prompts: Path, given: dict[str, Any], run: RunOptions, pipelined: 
         )
 
 
-def all_pictures(prompts: Path, given: dict[str, Any]) -> list[tuple[Cascade, list[Wanted]]]:
+def all_pictures(
+    prompts: Path, given: dict[str, Any], speed: Speed | None = None
+) -> list[tuple[Cascade, list[Wanted]]]:
     """The pictures of all lines by the cascade that makes them."""
     from triptych.pipelines.cascade import IDENTITY, Cascade
     from triptych.pipelines.prompt_file import pictures_of, read_prompt_file
@@ -64,7 +67,7 @@ def all_pictures(prompts: Path, given: dict[str, Any]) -> list[tuple[Cascade, li
         key = tuple(getattr(line.request, name) for name in IDENTITY)
         try:
             if key not in cascades:
-                cascades[key] = Cascade.for_request(line.request)
+                cascades[key] = Cascade.for_request(line.request, speed)
             request = cascades[key].resolve(line.request)
         except RequestError as error:
             raise RequestError(f"{prompts}, line {line.number}: {error}") from None

@@ -10,9 +10,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
+
+if TYPE_CHECKING:
+    from triptych.pipelines.speed import Speed
 
 
 def _options(
@@ -65,6 +68,9 @@ def _options(
         str | None, Option(help="Memory to stay within, such as 8GiB; graphics memory where there is a card.")
     ] = None,
     int8: Annotated[bool, Option("--int8", help="Round the weights of Stages B and C to 8 bits.")] = False,
+    compile: Annotated[
+        bool, Option("--compile", help="Run blocks under torch.compile; the first picture takes minutes.")
+    ] = False,
     batch: Annotated[int | None, Option(help="Pictures that share a network call. [up to 4]")] = None,
     like: Annotated[Path | None, Option(help="Repeat this picture; other options change one thing.")] = None,
     preview: Annotated[
@@ -97,6 +103,13 @@ class RunOptions:
     like: Path | None = None
     preview: bool = False
     json_output: bool = False
+    compile: bool = False
+
+    def speed(self) -> Speed:
+        """The switches of the run."""
+        from triptych.pipelines.speed import Speed
+
+        return Speed(compiled=self.compile)
 
 
 def picture_options(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
