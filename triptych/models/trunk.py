@@ -76,8 +76,8 @@ class TrunkConfig:
 
     @property
     def deep(self) -> int:
-        """The outermost of the levels that neighbouring steps may share: the lower half of them, 75 % of the
-        work of the published Stages C and 88 % of Stage B's."""
+        """The outermost of the levels that neighbouring steps may share: the lower half of them, with 75 % of
+        the arithmetic of the published Stages C and 77 % of the 700M's."""
         return len(self.widths) // 2
 
 
