@@ -27,7 +27,10 @@ from triptych.pipelines.stages import Batch, Run
 
 PICTURES_PER_RUN = 256  # that are put into batches together, by the lengths of their prompts
 ENCODERS = ("text_encoder", "image_encoder", "semantic")
-BEHIND_STAGE_C = {"decoder_steps", "decoder_guidance", "decoder_sampler", "stage_a", "stage_b", "batch"}
+BEHIND_STAGE_C = {
+    "decoder_steps", "decoder_guidance", "decoder_sampler", "decoder_reuse", "draft", "stage_a", "stage_b",
+    "batch",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Event:
 
     Stages come in the order "text", "stage_c", "stage_b", "stage_a", from "stage_c" on once per batch; where
     memory is short, "stage_c" of all batches comes before "stage_b" of the first. "done" is last. `images`
-    and `metadata` belong to "stage_a", one finished picture each time.
+    and `metadata` belong to "stage_a", one finished picture each time; so it is for drafts, too.
     """
 
     stage: str
