@@ -133,3 +133,15 @@ def test_names_in_a_plot_do_not_cover_each_other() -> None:
     places = re.findall(r'<text x="([^"]+)" y="([^"]+)"[^>]*>system \d', plot)
     assert len(set(places)) == len(places) == 8
     assert "3.5" in pareto_plot("raw", [Point("a", 1, Estimate(3.5, 3.5, 3.5, 1))] * 2, "mean", share=False)
+
+
+def test_the_levels_of_a_plot_are_round_numbers() -> None:
+    points = [Point("a", 1, Estimate(0.1, 0.0, 0.49, 4)), Point("b", 2, Estimate(0.2, 0.1, 0.3, 4))]
+    assert re.findall(r">(\d+) %<", pareto_plot("quarter", points, "share right")) == [
+        "0",
+        "10",
+        "20",
+        "30",
+        "40",
+        "50",
+    ]

@@ -107,9 +107,8 @@ def pareto_plot(title: str, points: Sequence[Point], measure: str, share: bool =
         return round(bottom - (bottom - top) * (value - lowest) / (highest - lowest), 1)
 
     parts = [_head(right + 40, bottom + 56, title), _text(16, 26, title, 17, weight=600)]
-    for number in range(5):
-        value = lowest + (highest - lowest) * number / 4
-        told = f"{100 * value:.0f} %" if share else f"{value:.3g}"
+    for value in _levels(lowest, highest):
+        told = f"{100 * value:.4g} %" if share else f"{value:.6g}"
         parts.append(_line(left, y(value), right, y(value), "#e6e2d8", 1))
         parts.append(_text(left - 8, y(value) + 4, told, 11, QUIET, anchor="end"))
     for seconds in _ticks(10**first, 10**last):
@@ -165,6 +164,14 @@ def _label_places(
 
 def _overlaps(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _levels(low: float, high: float) -> list[float]:
+    """Round numbers within a range, four to seven of them at even distances."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough)
+    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -61,6 +61,11 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, len(values))
 
 
+def amount(number: int, thing: str) -> str:
+    """How many, in words: "1 vote", "2 votes"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in decibels, one per picture (B,), at most PSNR_CEILING."""
     error = (a.double() - b.double()).square().mean((1, 2, 3))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych.evaluation.charts import Bar, bar_chart
-from triptych.evaluation.metrics import Estimate
+from triptych.evaluation.metrics import Estimate, amount
 from triptych.evaluation.sheet import page
 from triptych.evaluation.study import INTERVAL, PUBLISHED, PUBLISHED_REFERENCE, Duel, Outcome, Verdict
 from triptych.images import replace
@@ -50,15 +50,10 @@ def write_report(found: Outcome, folder: Path) -> Path:
 def told(found: Outcome) -> str:
     """How many voted, and who was left out."""
     return (
-        f"{counted(found.votes, 'vote')} by {counted(found.voters - len(found.excluded), 'voter')}; "
+        f"{amount(found.votes, 'vote')} by {amount(found.voters - len(found.excluded), 'voter')}; "
         f"{found.skipped} skipped; "
         f"{len(found.excluded)} of {found.voters} voters left out for missed attention checks."
     )
-
-
-def counted(number: int, thing: str) -> str:
-    """ "1 vote", "2 votes" """
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def chart_of(verdict: Verdict, reference: str, duels: Sequence[Duel]) -> str:
@@ -115,9 +110,7 @@ def category_table(verdict: Verdict) -> str:
     rows = []
     for kind in kinds:
         found = [duel.categories.get(kind) for duel in verdict.duels]
-        rows.append(
-            (kind, *("" if e is None else f"{percent(e)}, {counted(e.count, 'vote')}" for e in found))
-        )
+        rows.append((kind, *("" if e is None else f"{percent(e)}, {amount(e.count, 'vote')}" for e in found)))
     return _table(head, rows)
 
 

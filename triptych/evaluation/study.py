@@ -21,7 +21,7 @@ from triptych.evaluation.ballots import (
 )
 from triptych.evaluation.compare import read_json, stored_prompts
 from triptych.evaluation.lines import read_lines
-from triptych.evaluation.metrics import Estimate
+from triptych.evaluation.metrics import Estimate, amount
 from triptych.evaluation.statistics import (
     Tally,
     bootstrap_rate,
@@ -190,9 +190,10 @@ def plan(folder: Path, design: Design) -> list[str]:
     checks = -(-len(items) * design.raters // design.check_every)
     total = len(items) * design.raters + checks
     said = [
-        f"{len(pairs)} pairs of systems, {each} pictures each, {len(QUESTIONS)} questions, "
-        f"{design.raters} voters a pair: {len(items) * design.raters} votes and about {checks} attention "
-        f"checks, {-(-total // design.session)} sessions of {design.session}.",
+        f"{amount(len(pairs), 'pair')} of systems, {amount(each, 'picture')} each, "
+        f"{len(QUESTIONS)} questions, {amount(design.raters, 'voter')} a pair: {len(items) * design.raters} votes and about "
+        f"{amount(checks, 'attention check')}, {amount(-(-total // design.session), 'session')} of "
+        f"{design.session}.",
         f"Each win rate will rest on {votes} votes: about ± {width} points, more if votes on one prompt are "
         "alike.",
     ]
