@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from triptych.apps.cli.main import app
-from triptych.errors import SettingsError
 from triptych.training.config import RunSettings, check_settings
 from triptych.training.plan import plan_memory, show_plan
 
@@ -66,14 +65,17 @@ def run_settings(out: Path, **changes: Any) -> RunSettings:
     return check_settings(raw | changes, "test")
 
 
+def measured(settings: RunSettings) -> int:
+    command = [sys.executable, "-c", MEASURE, json.dumps(settings.model_dump(mode="json"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads private memory from /proc")
 def test_the_measured_peak_is_within_15_percent_of_the_plan(tmp_path: Path) -> None:
     settings = run_settings(tmp_path)
-    planned = plan_memory(settings).total
-    command = [sys.executable, "-c", MEASURE, json.dumps(settings.model_dump(mode="json"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured = int(done.stdout.splitlines()[-1])
-    assert measured == pytest.approx(planned, rel=0.15), show_plan(plan_memory(settings))
+    plan = plan_memory(settings)
+    assert measured(settings) == pytest.approx(plan.total, rel=0.15), show_plan(plan)
 
 
 @pytest.mark.parametrize(("size", "limit"), [("1b", 6), ("3.6b", 14)])
@@ -117,6 +119,19 @@ def test_the_command_prints_the_plan_and_does_not_train(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_recipes_that_are_not_counted_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="not of semantic"):
-        plan_memory(run_settings(tmp_path, recipe="semantic", network={}))
+@pytest.mark.parametrize("recipe", ["stage_a", "semantic", "image_encoder", "controlnet"])
+def test_every_recipe_is_counted_and_more_pictures_take_more(tmp_path: Path, recipe: str) -> None:
+    given: dict[str, Any] = {"recipe": recipe, "network": {}, "size": "mini"}
+    few, many = (plan_memory(run_settings(tmp_path, batch=batch, **given)).parts for batch in (2, 8))
+    assert few["weights"] == many["weights"] > 0
+    maps = "maps and working memory"
+    assert many[maps] == pytest.approx(4 * few[maps], rel=0.3)
+
+
+def test_a_discriminator_is_part_of_the_plan(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"recipe": "stage_a", "network": {}, "size": "tiny"}
+    alone = plan_memory(run_settings(tmp_path, **given)).parts
+    judged = plan_memory(run_settings(tmp_path, **given, autoencoder={"adversarial": 0.1})).parts
+    assert judged["weights"] > alone["weights"]
+    assert judged["optimiser"] > alone["optimiser"]
+    assert judged["average"] == alone["average"]  # of what is written

@@ -129,6 +129,14 @@ def build_controlnet(
     settings: RunSettings, kind: Kind, stage_c: StageCConfig, encoders: Encoders
 ) -> ControlNet:
     """The network for a hint and a Stage C; its EfficientNet begins as the semantic encoder's, if alike."""
+    network = ControlNet(controlnet_config(settings, kind, stage_c))
+    if settings.control.pretrained and encoders.semantic is not None:
+        network.start_from(encoders.semantic.state_dict())
+    return network
+
+
+def controlnet_config(settings: RunSettings, kind: Kind, stage_c: StageCConfig) -> ControlNetConfig:
+    """The config for a hint and a Stage C. Raises SettingsError where they do not fit."""
     config: ControlNetConfig = network_config(settings, "controlnet", CONTROLNET)
     bottleneck = settings.network.get("bottleneck", kind.bottleneck)
     config = dataclasses.replace(config, channels=kind.channels, bottleneck=bottleneck)
@@ -142,10 +150,7 @@ def build_controlnet(
             f"network.blocks ends with {config.blocks[-1]}; this Stage C has blocks 0 to "
             f"{stage_c.conv_blocks - 1}."
         )
-    network = ControlNet(config)
-    if settings.control.pretrained and encoders.semantic is not None:
-        network.start_from(encoders.semantic.state_dict())
-    return network
+    return config
 
 
 def hint_tools(settings: RunSettings, kind: Kind, encoders: Encoders) -> Tools:

@@ -6,7 +6,7 @@ backward pass is then played through: maps go as gradients come.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,15 @@ def trace(network: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[BlockCost
     inside = {id(p) for block in blocks_of(network) for p in block.parameters()}
     _count_weights(outside, (p for p in network.parameters() if id(p) not in inside))
     return runs, outside
+
+
+def trace_whole(network: nn.Module, run: Callable[[], object]) -> BlockCost:
+    """The cost of `run`, a forward pass of modules of `network`, as if it were one block."""
+    counter = _Counter(network)
+    with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda kept: kept):
+        run()
+    _count_weights(counter.outside, network.parameters())
+    return counter.outside
 
 
 class _Counter:

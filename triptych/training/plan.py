@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from triptych.checkpoints.catalog import PUBLISHED, TOWER_PARAMETERS, find_model
+from triptych.checkpoints.catalog import PUBLISHED, SHARED_FILES, TOWER_PARAMETERS, find_model
 from triptych.checkpoints.files import read_header
 from triptych.checkpoints.load import read_part
-from triptych.errors import SettingsError
+from triptych.conditioning.towers import weight_file
+from triptych.models.controlnet import ControlNet
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.adamw8bit import BLOCK, CHUNK, SMALLEST
@@ -28,11 +29,13 @@ from triptych.training.encoders import part_path
 from triptych.training.footprint import WIDE, backward_peak, trace
 from triptych.training.muon import TOGETHER
 from triptych.training.muon import is_matrix as by_muon
+from triptych.training.plan_pixels import PIXEL_RECIPES, control_step, pixel_step
 from triptych.training.start import following_init, network_config
 
 STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}  # bytes a number of a matrix
 UPDATE_COPIES = {"adafactor": 4, "adamw8bit": 1, "muon": 6}  # of the largest weight, float32
 TEXT_TOKENS = 77
+Network = TypeVar("Network", bound=nn.Module)
 CAPTION_BYTES = 2**16  # of an embedded caption in a batch
 
 
@@ -48,14 +51,43 @@ class MemoryPlan:
 
 
 def plan_memory(settings: RunSettings) -> MemoryPlan:
-    """What a run of Stage B, Stage C or a LoRA will take. Raises SettingsError for other recipes."""
-    if settings.recipe not in ("stage_b", "stage_c", "lora"):
-        raise SettingsError(f"--plan counts runs of stage_b, stage_c and lora, not of {settings.recipe}.")
+    """What a run of any recipe will take."""
     if published(settings) is None:  # else nothing is downloaded for a plan
         settings = following_init(settings)
-    networks = base_networks(settings) if settings.recipe == "lora" else [trained_network(settings)]
+    networks, helpers, maps, gradients = fullest_step(settings)
+    trained = [p for network in networks for p in network.parameters() if p.requires_grad]
+    learned = [*trained, *(p for network in helpers for p in network.parameters())]
+    held = 0.0 if settings.optim.fused_backward else STORED[settings.weights]
+    all_gradients = int(held * sum(p.numel() for p in learned))
+    step = all_gradients + update_working(settings, learned)
+    if step > maps + gradients:  # the fullest moment is the update
+        maps, gradients = step - all_gradients, all_gradients
+    frozen = [p for network in networks for p in network.parameters() if not p.requires_grad]
     storage = settings.lora.base if settings.recipe == "lora" else settings.weights
-    learned = [p for network in networks for p in network.parameters() if p.requires_grad]
+    parts = {
+        "weights": weight_bytes(learned, settings.weights) + weight_bytes(frozen, storage),
+        "gradients": gradients,
+        "optimiser": optimizer_bytes(settings, learned),
+        "average": WIDE * sum(p.numel() for p in trained) if settings.ema.enabled else 0,
+        "maps and working memory": maps,
+        "frozen parts": frozen_bytes(settings),
+        "loader": loader_bytes(settings),
+    }
+    return MemoryPlan(parts)
+
+
+def fullest_step(settings: RunSettings) -> tuple[list[nn.Module], list[nn.Module], int, int]:
+    """Networks of a run, helpers that are not written, and bytes of maps and gradients at most."""
+    named = published(settings)
+    if settings.recipe in PIXEL_RECIPES:
+        if named is not None:
+            settings = settings.model_copy(update={"init": None, "size": "full"})
+        return pixel_step(settings)
+    if settings.recipe == "controlnet":
+        return control_networks(settings)
+    lora = settings.recipe == "lora"
+    networks: list[nn.Module] = base_networks(settings) if lora else [trained_network(settings)]
+    storage = settings.lora.base if settings.recipe == "lora" else settings.weights
     held = 0.0 if settings.optim.fused_backward else STORED[settings.weights]
     copies = UPDATE_COPIES.get(settings.optim.kind, 1) + (2 if settings.weights == "bfloat16" else 0)
     maps = gradients = 0
@@ -63,21 +95,24 @@ def plan_memory(settings: RunSettings) -> MemoryPlan:
         runs, outside = trace(network, step_inputs(settings, network))
         moment = backward_peak(runs, outside, settings.checkpointing, storage != "float32", held, copies)
         maps, gradients = maps + moment[0], gradients + moment[1]
-    all_gradients = int(held * sum(p.numel() for p in learned))
-    step = all_gradients + update_working(settings, learned)
-    if step > maps + gradients:  # the fullest moment is the update
-        maps, gradients = step - all_gradients, all_gradients
-    frozen = [p for network in networks for p in network.parameters() if not p.requires_grad]
-    parts = {
-        "weights": weight_bytes(learned, settings.weights) + weight_bytes(frozen, storage),
-        "gradients": gradients,
-        "optimiser": optimizer_bytes(settings, learned),
-        "average": WIDE * sum(p.numel() for p in learned) if settings.ema.enabled else 0,
-        "maps and working memory": maps,
-        "frozen parts": frozen_bytes(settings),
-        "loader": loader_bytes(settings),
-    }
-    return MemoryPlan(parts)
+    return networks, [], maps, gradients
+
+
+def control_networks(settings: RunSettings) -> tuple[list[nn.Module], list[nn.Module], int, int]:
+    """A ControlNet and its frozen Stage C."""
+    from triptych.training.control import controlnet_config, kind_of
+
+    given, kind = settings.parts.stage_c, kind_of(settings)
+    if given in PUBLISHED:
+        config = STAGE_C[PUBLISHED[given].stage_c]
+    else:
+        config = read_part(part_path("stage_c", given), "stage_c").config
+    stage_c = without_values(StageC, config).requires_grad_(False)
+    network = without_values(ControlNet, controlnet_config(settings, kind, config))
+    inputs = step_inputs(settings, stage_c)
+    side = settings.data.size // (32 if kind.bottleneck == "large" else 1)
+    hint = torch.empty(len(inputs["x"]), kind.channels, side, side, device="meta")
+    return [network, stage_c], [], *control_step(settings, network, hint, stage_c, inputs)
 
 
 def trained_network(settings: RunSettings) -> nn.Module:
@@ -96,7 +131,7 @@ def base_networks(settings: RunSettings) -> list[nn.Module]:
     """The base of a LoRA without values, published or on disk, with adapters."""
     from triptych.training.lora import inject
 
-    networks = []
+    networks: list[nn.Module] = []
     for part in settings.lora.parts:
         build, presets = (StageB, STAGE_B) if part == "stage_b" else (StageC, STAGE_C)
         if settings.lora.model in PUBLISHED:
@@ -116,7 +151,7 @@ def published(settings: RunSettings) -> str | None:
     return named if named in PUBLISHED else None
 
 
-def without_values(build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+def without_values(build: Callable[[Any], Network], config: Any) -> Network:
     with torch.device("meta"):
         return build(config)
 
@@ -177,21 +212,37 @@ def update_working(settings: RunSettings, parameters: list[nn.Parameter]) -> int
 
 def frozen_bytes(settings: RunSettings) -> int:
     """Encoders beside the run; a cache leaves only the text encoder. A LoRA's is held like its base."""
+    if settings.recipe in ("stage_a", "semantic"):
+        return 0
     text = STORED[settings.lora.base] if settings.recipe == "lora" else WIDE
     if published(settings) is not None:
         return int(TOWER_PARAMETERS["text_encoder"] * text)
-    if settings.recipe == "lora":
-        files = find_model(settings.lora.model)
-        named = {part: getattr(files, part) for part in ("text_encoder", "semantic", "stage_a")}
-    else:
-        given = {part: getattr(settings.parts, part) for part in ("text_encoder", "semantic", "stage_a")}
-        named = {part: part_path(part, path) for part, path in given.items()}
-    needed = ["text_encoder"]
-    needed += [] if settings.data.cache else ["semantic"]
+    source: Any = find_model(settings.lora.model) if settings.recipe == "lora" else settings.parts
+    total = 0.0
+    for part in frozen_parts(settings):
+        given = getattr(source, part)
+        total += (text if part == "text_encoder" else WIDE) * part_numbers(part, given)
+    return int(total)
+
+
+def frozen_parts(settings: RunSettings) -> list[str]:
+    """The encoders that are there while a run of this kind trains."""
+    if settings.recipe == "image_encoder":
+        return ["text_encoder"]
+    if settings.recipe == "controlnet":  # its hints and samples go on needing them
+        return ["text_encoder", "semantic", "image_encoder", *(["stage_a"] if settings.data.cache else [])]
+    needed = ["text_encoder"] if settings.data.cache else ["text_encoder", "semantic"]
     shown = settings.recipe == "stage_b" or "stage_b" in settings.lora.parts
-    needed += ["stage_a"] if shown else []
-    each = {part: text if part == "text_encoder" else WIDE for part in needed}
-    return int(sum(each[part] * numbers_in(named[part]) for part in needed if named[part] is not None))
+    return [*needed, "stage_a"] if shown else needed
+
+
+def part_numbers(part: str, given: str | Path | None) -> int:
+    """Numbers in a part that a setting names; nothing is downloaded."""
+    if given is None:
+        return 0
+    if given in PUBLISHED:
+        return TOWER_PARAMETERS[part] if part in TOWER_PARAMETERS else SHARED_FILES[part][2]
+    return numbers_in(weight_file(part_path(part, str(given)), part))
 
 
 def numbers_in(path: Path) -> int:

@@ -101,6 +101,8 @@ def train(
         echo(
             f"{label}: {settings.steps} updates of {settings.batch} pictures ({number}/{len(runs)})", err=True
         )
+        if os.environ.get("RANK", "0") == "0":
+            tell_plan(settings)
         try:
             with stop_on_signals() as stop, shown_progress() as watch:
                 folder = run(settings, watch, stop)
@@ -118,6 +120,20 @@ def train(
             tell_taught(folder, settings)
         if recipe is not None and settings.recipe == "lora":
             hand_over(folder, settings.name)
+
+
+def tell_plan(settings: RunSettings) -> None:
+    """The memory that the run is expected to take and its two largest parts, in one line."""
+    from triptych.errors import TriptychError
+    from triptych.training.plan import plan_memory
+
+    try:
+        plan = plan_memory(settings)
+    except TriptychError:  # the run itself says what is wrong
+        return
+    largest = sorted(plan.parts.items(), key=lambda part: -part[1])[:2]
+    told = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in largest)
+    typer.echo(f"Expected memory: {plan.total / 2**30:.2f} GiB ({told}); --plan shows all parts", err=True)
 
 
 def recipe_files(path: Path) -> list[Path]:
