@@ -195,7 +195,7 @@ def table(out: Path, weights: str) -> str:
     ]
     for name, judged in found.items():
         right = wilson(sum(judged["right"]), len(judged["right"]))
-        change = paired_shares(judged["right"], full["right"])
+        change = paired_shares(full["right"], judged["right"])
         far = mean_interval(mobilenet_paired_distance(features[name], features[FULL]).tolist())
         seconds = composed(name, judged["passes"], full["passes"])
         against = f"{change.value:+.0%} ({change.low:+.0%} to {change.high:+.0%})"
