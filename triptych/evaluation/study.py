@@ -191,9 +191,9 @@ def plan(folder: Path, design: Design) -> list[str]:
     total = len(items) * design.raters + checks
     said = [
         f"{amount(len(pairs), 'pair')} of systems, {amount(each, 'picture')} each, "
-        f"{len(QUESTIONS)} questions, {amount(design.raters, 'voter')} a pair: {len(items) * design.raters} votes and about "
-        f"{amount(checks, 'attention check')}, {amount(-(-total // design.session), 'session')} of "
-        f"{design.session}.",
+        f"{len(QUESTIONS)} questions, {amount(design.raters, 'voter')} a pair: "
+        f"{len(items) * design.raters} votes and about {amount(checks, 'attention check')}, "
+        f"{amount(-(-total // design.session), 'session')} of {design.session}.",
         f"Each win rate will rest on {votes} votes: about ± {width} points, more if votes on one prompt are "
         "alike.",
     ]
