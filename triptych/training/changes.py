@@ -11,7 +11,8 @@ from triptych.training.config import RunSettings
 
 # What the stored weights and moments are made for: other values would mean another run.
 FIXED = (
-    "recipe", "size", "network", "optim.kind", "ema.enabled", "diffusion.prediction", "control.hint",
+    "recipe", "size", "network", "optim.kind", "ema.enabled", "diffusion.prediction",
+    "diffusion.train_text", "control.hint",
     "lora.model", "lora.parts", "lora.kind", "lora.rank", "lora.alpha", "lora.modules", "lora.token",
     "lora.token_vectors",
 )  # fmt: skip

@@ -122,6 +122,7 @@ class DiffusionSettings(Settings):
         0.0, ge=0, description="Stage B: deviation, at most, of noise on the semantic latents it is told"
     )
     semantic_scale: tuple[float, float] = Field((0.5, 1.0), description="Stage B: range of f, see the docs")
+    train_text: bool = Field(False, description="Stage C: let the text encoder learn too")
     sampling: dict[str, Any] = Field(default_factory=dict, description="defaults written for generation")
 
 

@@ -26,6 +26,7 @@ class Encoders:
     text: TextEncoder | None = None
     image: ImageEncoder | None = None
     empty: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # the empty caption, by windows
+    text_learns: bool = False  # then nothing it said is kept, and gradients reach it
 
     def release(self) -> None:
         """Let go of what a cache has made superfluous: everything but the text encoder."""
@@ -34,6 +35,8 @@ class Encoders:
     def empty_text(self, windows: int) -> tuple[Tensor, Tensor]:
         """`text_hidden` (1, n, Wt) and `text_pooled` (1, Wp) of the empty caption in so many windows."""
         assert self.text is not None
+        if self.text_learns:
+            return self.text.encode_with_gradient([""], windows)
         if windows not in self.empty:
             self.empty[windows] = self.text.encode([""], windows)
         return self.empty[windows]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from triptych.checkpoints.files import PartInfo
+from triptych.conditioning.encode import TextEncoder
 from triptych.conditioning.towers import weight_file
 from triptych.data.batches import Batch, BatchPlan
 from triptych.diffusion.denoiser import Denoiser, Guidance
@@ -55,6 +56,7 @@ from triptych.training.processes import total
 from triptych.training.sources import Pictures
 from triptych.training.start import LATENT, following_init, network_config, trained_info
 from triptych.training.task import Losses, Task
+from triptych.training.text_tower import learning_tower, tower_info
 from triptych.training.vqgan import stage_a_task
 
 SAMPLING = {
@@ -202,6 +204,11 @@ def diffusion_task(
     cache = open_diffusion_cache(settings, pictures, encoders, needed, device, progress)
     if cache is not None and not is_b:  # Stage B shows its samples through them
         encoders.release()
+    networks: dict[str, nn.Module] = {settings.recipe: network}
+    if settings.diffusion.train_text:
+        assert encoders.text is not None
+        networks["text_encoder"] = learning_tower(encoders.text)
+        encoders.text_learns = True
     adaptive = AdaptiveWeight()
     loss_of = stage_b_loss if is_b else stage_c_loss
 
@@ -224,9 +231,10 @@ def diffusion_task(
 
     def loss(player: str, batch: DiffusionBatch, draws: Draws, step: int) -> Losses:
         encoded = batch.encoded or encode_batch(settings, encoders, batch, device)
-        if batch.encoded is not None and pictures.rearranges:
+        if encoders.text_learns or (batch.encoded is not None and pictures.rearranges):
             assert encoders.text is not None
-            hidden, pooled = encoders.text.encode(batch.captions)
+            read = encoders.text.encode_with_gradient if encoders.text_learns else encoders.text.encode
+            hidden, pooled = read(batch.captions)
             encoded = dataclasses.replace(encoded, text_hidden=hidden, text_pooled=pooled)
         return loss_of(settings, network, encoded, draws, adaptive, encoders, device)
 
@@ -234,18 +242,24 @@ def diffusion_task(
     def sample(trained: dict[str, nn.Module], out: Path) -> Image.Image:
         if is_b:
             return sample_stage_b(settings, trained["stage_b"], encoders, first_batch(pictures, 4), device)
-        return sample_stage_c(settings, trained["stage_c"], encoders, pictures, device)
+        shown = encoders
+        if encoders.text is not None and "text_encoder" in trained:
+            text: Any = trained["text_encoder"]
+            shown = dataclasses.replace(encoders, text=TextEncoder(text, encoders.text.tokenizer))
+        return sample_stage_c(settings, trained["stage_c"], shown, pictures, device)
 
     def info(part: str, network: nn.Module) -> PartInfo:
+        if part == "text_encoder":
+            return tower_info(settings)
         side, sampling = settings.data.size, settings.diffusion.sampling
         drawn = {} if is_b else {"default_size": [side, side], "pixels_per_latent": LATENT}
         extra = {"prediction": settings.diffusion.prediction, **SAMPLING, **drawn, **sampling}
         return trained_info(settings, part, network, extra)
 
     return Task(
-        {settings.recipe: network}, pictures.order(cache.buckets if cache else None),
+        networks, pictures.order(cache.buckets if cache else None),
         load, loss, info, sample,
-        players={settings.recipe: [settings.recipe]}, tables={"adaptive": adaptive},
+        players={settings.recipe: [*networks]}, tables={"adaptive": adaptive},
         skipped=pictures.skipped, key_of=pictures.source.key, trunks=[network],
     )  # fmt: skip
 

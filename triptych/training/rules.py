@@ -61,6 +61,19 @@ def conflicts(settings: RunSettings) -> Iterator[str]:
                 'optim.kind = "schedule_free" interpolates weights at every step, for which bfloat16 is too '
                 'coarse: use weights = "float32"'
             )
+    if settings.diffusion.train_text:
+        if settings.recipe != "stage_c":
+            yield (
+                f"diffusion.train_text lets the text encoder learn beside Stage C, not with recipe "
+                f"{settings.recipe}: leave it out"
+            )
+        if settings.data.cache:
+            yield (
+                "data.cache holds what the text encoder said before training, and diffusion.train_text "
+                "changes it: leave one of them out"
+            )
+        if settings.shard:
+            yield "diffusion.train_text is for networks that every process holds whole: leave out shard"
     if settings.distil.kind != "none":
         own = settings.lora
         if settings.recipe != "lora" or own.token or own.prior or own.parts != ("stage_c",):

@@ -21,6 +21,7 @@ from triptych.training.processes import anyone, everyones, leads, world
 from triptych.training.sharding import whole
 from triptych.training.state import State
 from triptych.training.task import Task
+from triptych.training.text_tower import write_tower
 
 STORE = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +40,9 @@ def save(settings: RunSettings, task: Task, state: State, out: Path) -> None:
         return
     for part, average in state.averages.items():
         info = replace(task.info(part, average), step=state.step)
-        if task.write is not None:
+        if part == "text_encoder":
+            write_tower(settings, out, average, info, STORE[settings.store])
+        elif task.write is not None:
             task.write(out, part, average, info)
         else:
             write_part(out / f"{part}.safetensors", weights[part], info, STORE[settings.store])

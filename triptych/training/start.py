@@ -142,6 +142,8 @@ def trained_info(settings: RunSettings, part: str, network: nn.Module, extra: di
 def start_from(networks: Mapping[str, nn.Module], init: str) -> None:
     """Give networks the weights of `init`, converted to our names and their precision, tensor by tensor."""
     for part, network in networks.items():
+        if part == "text_encoder":  # it comes with the frozen parts
+            continue
         path = part_path(part, init, "init")
         tensors = read_part(path, part).tensors if part in NETWORKS else read_tensors(path, finite=True)
         load_strictly(network, tensors, str(path))
