@@ -300,7 +300,8 @@ class Request(BaseModel):
             **{f"decoder_{name}": stage_b[name] for name in ("steps", "guidance", "sampler")},
             "batch": 1 if self.low_memory or self.max_memory else MAX_BATCH,
         }
-        fast = {**FAST, **stage_c.get("fast", {})} if self.fast else {}
+        fewest = {name: min(FAST[name], plain[name]) for name in ("steps", "decoder_steps")}
+        fast = {**FAST, **fewest, **stage_c.get("fast", {})} if self.fast else {}
         filled = {name: value for name, value in {**plain, **fast}.items() if getattr(self, name) is None}
         return self.replaced(size=(width, height), seed=seed, **filled)
 
