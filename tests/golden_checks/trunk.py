@@ -145,7 +145,8 @@ def check_stage_b(golden: Any) -> dict[str, Tensor]:
         "out.zero_semantic": network(x, t, torch.zeros_like(semantic), pooled),
         "out.aligned": network(golden["in.aligned_x"], t[:1], semantic[:1], pooled[:1]),
     }
-    for level, output in enumerate(network.run_down(entry_full, time_vector, tokens)):
+    levels = range(len(network.config.widths))
+    for level, output in enumerate(network.run_down(entry_full, time_vector, tokens, None, None, levels)):
         out[f"out.down_level_{level}"] = output
     return out
 
@@ -169,7 +170,8 @@ def check_stage_c(golden: Any) -> dict[str, Tensor]:
             "out.with_sca_crp": network(*base, image, sca=golden["in.sca"], crp=golden["in.crp"]),
             "out.with_residuals": network(*base, image, residuals),
         }
-        for level, output in enumerate(network.run_down(network.embedding(base[0]), time_vector, tokens)):
+        entry, levels = network.embedding(base[0]), range(len(network.config.widths))
+        for level, output in enumerate(network.run_down(entry, time_vector, tokens, None, None, levels)):
             out[f"out.down_level_{level}"] = output
 
     network = build_stage_c(golden, dropout=(0.0,) * len(golden.config["dropout"])).train()
