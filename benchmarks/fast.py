@@ -41,12 +41,14 @@ from triptych.evaluation.statistics import paired_shares
 from triptych.models.scratch import Scratch
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
+from triptych.pipelines.fast import FAST
 from triptych.pipelines.inputs import NOTHING, Inputs
 
 FULL = "full"
+BASE = {"steps": 20, "decoder_steps": 10}  # the published settings, whatever the defaults of a model are
 SETTINGS: dict[str, dict[str, Any]] = {
     FULL: {},
-    "fast": {"fast": True},
+    "fast": FAST,
     "plain, 5 + 3 steps": {"steps": 5, "decoder_steps": 3},
     "draft": {"draft": True},
     "plain, 10 steps": {"steps": 10},
@@ -125,7 +127,7 @@ def judge(cascade: Cascade, name: str, out: Path, count: int) -> dict[str, Any]:
             [prompt.prompt for prompt in prompts],
             inputs,
             seeds=tuple(range(first, first + count)),
-            **settings,
+            **{**BASE, **settings},
         )
     seconds = time.process_time() - start
     features = load_judge().features(result.images)

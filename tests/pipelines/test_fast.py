@@ -13,7 +13,7 @@ from triptych.errors import RequestError
 from triptych.images import to_images
 from triptych.pipelines.fast import FAST
 from triptych.pipelines.request import Request
-from triptych.pipelines.speed import Branches, Speed
+from triptych.pipelines.speed import Speed
 
 SETTINGS: dict[str, Any] = {
     "seed": 3, "steps": 4, "decoder_steps": 4, "decoder_guidance": 1.5, "count": 2, "size": "64x48",
@@ -28,20 +28,6 @@ def cascade(narrow_cascade: Path) -> Cascade:
     return Cascade.load(narrow_cascade, device="cpu", dtype="float32")
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Branches that were asked for, call by call."""
-    sizes: list[int] = []
-    plain = Branches.__call__
-
-    def counted(self: Branches, x: Any, t: Any, branches: Any) -> Any:
-        sizes.append(len(branches))
-        return plain(self, x, t, branches)
-
-    monkeypatch.setattr(Branches, "__call__", counted)
-    return sizes
-
-
 def test_at_nil_everything_is_the_plain_picture(cascade: Cascade) -> None:
     plain = cascade.generate("a red apple", **SETTINGS)
     nil = cascade.generate("a red apple", **SETTINGS, **NIL)
@@ -49,10 +35,10 @@ def test_at_nil_everything_is_the_plain_picture(cascade: Cascade) -> None:
     assert torch.equal(plain.latents_b, nil.latents_b)
 
 
-def test_outside_its_interval_guidance_runs_one_branch(cascade: Cascade, asked: list[int]) -> None:
+def test_outside_its_interval_guidance_runs_one_branch(cascade: Cascade, branch_counts: list[int]) -> None:
     steps = {**SETTINGS, "decoder_guidance": 1, "decoder_steps": 1}
     cascade.generate("a red apple", **steps, guidance_interval="0.4-0.8")
-    assert asked == [1, 2, 2, 1, 1]  # at t = 1, 0.75, 0.5, 0.25; then Stage B
+    assert branch_counts == [1, 2, 2, 1, 1]  # at t = 1, 0.75, 0.5, 0.25; then Stage B
 
 
 def test_an_interval_without_a_step_is_guidance_one(cascade: Cascade) -> None:
@@ -61,10 +47,10 @@ def test_an_interval_without_a_step_is_guidance_one(cascade: Cascade) -> None:
     assert torch.equal(never.latents_c, off.latents_c)
 
 
-def test_once_branches_agree_the_second_is_left_out(cascade: Cascade, asked: list[int]) -> None:
+def test_once_branches_agree_the_second_is_left_out(cascade: Cascade, branch_counts: list[int]) -> None:
     steps = {**SETTINGS, "decoder_guidance": 1, "decoder_steps": 1}
     cascade.generate("a red apple", **steps, guidance_agreement=100)
-    assert asked == [2, 1, 1, 1, 1]
+    assert branch_counts == [2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("speed", [Speed(), Speed(fused=False), Speed(together=False, once=False)])

@@ -36,10 +36,16 @@ class Encoders:
         """`text_hidden` (1, n, Wt) and `text_pooled` (1, Wp) of the empty caption in so many windows."""
         assert self.text is not None
         if self.text_learns:
-            return self.text.encode_with_gradient([""], windows)
+            return self.read_text([""], windows)
         if windows not in self.empty:
-            self.empty[windows] = self.text.encode([""], windows)
+            self.empty[windows] = self.read_text([""], windows)
         return self.empty[windows]
+
+    def read_text(self, captions: Sequence[str], windows: int | None = None) -> tuple[Tensor, Tensor]:
+        """`text_hidden` (B, n, Wt) and `text_pooled` (B, Wp), with gradients where the tower learns."""
+        assert self.text is not None
+        read = self.text.encode_with_gradient if self.text_learns else self.text.encode
+        return read(captions, windows)
 
 
 @dataclass

@@ -87,7 +87,7 @@ def fullest_step(settings: RunSettings) -> tuple[list[nn.Module], list[nn.Module
         return control_networks(settings)
     lora = settings.recipe == "lora"
     networks: list[nn.Module] = base_networks(settings) if lora else [trained_network(settings)]
-    storage = settings.lora.base if settings.recipe == "lora" else settings.weights
+    storage = settings.lora.base if lora else settings.weights
     held = 0.0 if settings.optim.fused_backward else STORED[settings.weights]
     copies = UPDATE_COPIES.get(settings.optim.kind, 1) + (2 if settings.weights == "bfloat16" else 0)
     maps = gradients = 0

@@ -231,10 +231,8 @@ def diffusion_task(
 
     def loss(player: str, batch: DiffusionBatch, draws: Draws, step: int) -> Losses:
         encoded = batch.encoded or encode_batch(settings, encoders, batch, device)
-        if encoders.text_learns or (batch.encoded is not None and pictures.rearranges):
-            assert encoders.text is not None
-            read = encoders.text.encode_with_gradient if encoders.text_learns else encoders.text.encode
-            hidden, pooled = read(batch.captions)
+        if batch.encoded is not None and pictures.rearranges:
+            hidden, pooled = encoders.read_text(batch.captions)
             encoded = dataclasses.replace(encoded, text_hidden=hidden, text_pooled=pooled)
         return loss_of(settings, network, encoded, draws, adaptive, encoders, device)
 
@@ -288,13 +286,11 @@ def open_diffusion_cache(
     return open_cache(folder, pictures.source, pictures.buckets, encoders, files, device, progress, captions)
 
 
-@torch.no_grad()
 def encode_batch(
     settings: RunSettings, encoders: Encoders, batch: DiffusionBatch, device: torch.device
 ) -> Encoded:
     """Latents and embeddings of a batch of pictures, computed now."""
     assert batch.pictures is not None
-    assert encoders.text is not None
     pixels = batch.pictures.pixels.to(device)
     smaller = None
     if settings.recipe == "stage_b":
@@ -305,7 +301,7 @@ def encode_batch(
         size = [max(32, int(factor * side / 32) * 32) for side in pixels.shape[-2:]]
         smaller = F.interpolate(pixels, size=size, mode="nearest")
     latents_c, latents_b, image = encode_pictures(encoders, pixels, smaller)
-    hidden, pooled = encoders.text.encode(batch.captions)
+    hidden, pooled = encoders.read_text(batch.captions)
     mask = batch.pictures.mask
     mask = None if mask is None else shrink_mask(mask)
     return Encoded(latents_c, latents_b, hidden, pooled, image, mask)
