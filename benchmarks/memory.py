@@ -74,7 +74,9 @@ class RandomWeights(Mapping[str, Tensor]):
         fan_in = max(1, math.prod(shape[1:]))
         start = sum(name.encode()) % 1000
         numbers = self.pool[start:].repeat(-(-count // (POOL - start)))[:count]
-        return (numbers * (0.5 / math.sqrt(fan_in))).view(shape).to(self.dtype)
+        # Gains and biases are smaller still: they would add up with depth.
+        scale = 0.25 / math.sqrt(fan_in) if len(shape) > 1 else 0.02
+        return (numbers * scale).view(shape).to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
