@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from triptych.errors import RequestError
@@ -72,6 +72,7 @@ anything = st.one_of(
 names = st.one_of(st.sampled_from(list(Request.model_fields)), st.text(max_size=12))
 
 
+@example({"size": "\ud800"})
 @settings(max_examples=1000, deadline=None)
 @given(st.dictionaries(names, anything, max_size=6))
 def test_any_settings_are_a_request_or_one_sentence(values: dict[str, Any]) -> None:
