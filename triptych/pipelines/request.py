@@ -209,7 +209,9 @@ class Request(BaseModel):
         except ValidationError as error:
             raise RequestError(explain(error, Request)) from None
         except UnicodeEncodeError as error:  # half of a surrogate pair, which pydantic cannot read
-            raise RequestError(f"A setting holds {error.object!r}, which is not valid Unicode text.") from None
+            raise RequestError(
+                f"A setting holds {error.object!r}, which is not valid Unicode text."
+            ) from None
         self._check_names()
         self._check_seeds()
         if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
