@@ -73,6 +73,8 @@ names = st.one_of(st.sampled_from(list(Request.model_fields)), st.text(max_size=
 
 
 @example({"size": "\ud800"})
+@example({"guidance_interval": "\ud800"})
+@example({"max_memory": "\ud800"})
 @settings(max_examples=1000, deadline=None)
 @given(st.dictionaries(names, anything, max_size=6))
 def test_any_settings_are_a_request_or_one_sentence(values: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ def parse_bytes(value: Any) -> Any:
 
 
 def parse_text(value: Any) -> Any:
-    """Refuse text that cannot be written as UTF-8 (half a surrogate pair), which no tokenizer reads."""
+    """Refuse text that cannot be written as UTF-8 (half a surrogate pair): no tokenizer reads it, no message
+    can quote it."""
     texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
     for text in texts:
         if isinstance(text, str):
@@ -77,12 +78,13 @@ def parse_text(value: Any) -> Any:
 Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
     BeforeValidator(parse_size),
+    BeforeValidator(parse_text),  # the last is the first to look
 ]
-Bytes = Annotated[int, Field(ge=1), BeforeValidator(parse_bytes)]
+Bytes = Annotated[int, Field(ge=1), BeforeValidator(parse_bytes), BeforeValidator(parse_text)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Interval = Annotated[tuple[Strength, Strength], BeforeValidator(parse_interval)]
+Interval = Annotated[tuple[Strength, Strength], BeforeValidator(parse_interval), BeforeValidator(parse_text)]
 Reuse = Annotated[int, Field(ge=1, le=1000)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Extent = Annotated[int, Field(ge=0, le=16384)]
@@ -208,10 +210,6 @@ class Request(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise RequestError(explain(error, Request)) from None
-        except UnicodeEncodeError as error:  # half of a surrogate pair, which pydantic cannot read
-            raise RequestError(
-                f"A setting holds {error.object!r}, which is not valid Unicode text."
-            ) from None
         self._check_names()
         self._check_seeds()
         if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
