@@ -20,11 +20,13 @@ from triptych.checkpoints.files import read_tensors, write_atomically, write_ten
 from triptych.conditioning.encode import TextEncoder
 from triptych.data.batches import crop_place, fit, stack_masks
 from triptych.data.buckets import Bucket, nearest_bucket
+from triptych.data.shards import Sample
 from triptych.data.sources import Source
 from triptych.images import to_pixels
 from triptych.training.encoders import Encoded, Encoders, encode_pictures, shrink_mask
+from triptych.training.grounding import UNKNOWN, object_map
 
-FORMAT = 2  # of what is kept; caches of another one are made again
+FORMAT = 3  # of what is kept; caches of another one are made again
 CHUNK = 512  # samples a file
 TOGETHER = 16  # samples encoded at once
 
@@ -62,16 +64,17 @@ class Cache:
         windows = max(-(-rows.shape[0] // self.window) for rows in hidden)
         return Encoded(
             latents_c, latents_b, torch.stack([self.padded(rows, windows) for rows in hidden]),
-            torch.stack(pooled), image, self.masks(samples),
+            torch.stack(pooled), image, self.masks(samples), self.objects(samples),
         )  # fmt: skip
 
     def masks(self, samples: Sequence[int]) -> Tensor | None:
         """Masks of samples of one canvas as `Encoded` has them; None when none of them has one."""
-        own = [self.tensors.get(f"m.{sample}") for sample in samples]
-        known = next((mask for mask in own if mask is not None), None)
-        if known is None:
-            return None
-        return torch.stack([torch.ones_like(known) if mask is None else mask for mask in own]).float()
+        masks = stack_known([self.tensors.get(f"m.{sample}") for sample in samples], 1)
+        return None if masks is None else masks.float()
+
+    def objects(self, samples: Sequence[int]) -> Tensor | None:
+        """Object maps of samples of one canvas; None when none of them has one."""
+        return stack_known([self.tensors.get(f"o.{sample}") for sample in samples], UNKNOWN)
 
     def stack(self, kind: str, samples: Sequence[int]) -> Tensor:
         return torch.stack([self.tensors[f"{kind}.{sample}"] for sample in samples]).float()
@@ -137,23 +140,28 @@ def encode_chunk(
     limit: int,
 ) -> dict[str, Tensor]:
     """The tensors of some samples, float16: latents c.N and b.N, mask m.N, embedding i.N, captions t.N.K and
-    p.N.K."""
+    p.N.K; and the object map o.N, int8."""
     assert encoders.text is not None
     tensors: dict[str, Tensor] = {}
     place_of: list[int] = []
     captions: list[tuple[str, int, int]] = []
     counts: list[int] = []
-    waiting: dict[int, list[tuple[int, Tensor]]] = {}
+    waiting: dict[int, list[tuple[int, Tensor, Sample]]] = {}
 
     def flush(place: int) -> None:
         members = waiting.pop(place, [])
         if not members:
             return
-        pixels = torch.cat([pixels for _, pixels in members]).to(device)
+        pixels = torch.cat([pixels for _, pixels, _ in members]).to(device)
         for kind, encoded in zip("cbi", encode_pictures(encoders, pixels), strict=True):
             if encoded is not None:
-                for (number, _), row in zip(members, encoded.to(torch.float16).cpu(), strict=True):
+                for (number, _, _), row in zip(members, encoded.to(torch.float16).cpu(), strict=True):
                     tensors[f"{kind}.{number}"] = row.clone()
+        for number, _, sample in members:
+            height, width = tensors[f"c.{number}"].shape[-2:]
+            found = object_map(sample.meta, sample.image.size, (height, width))
+            if found is not None:
+                tensors[f"o.{number}"] = found
 
     for number in numbers:
         sample = source.read(number)
@@ -167,7 +175,8 @@ def encode_chunk(
         captions += [(caption, number, k) for k, caption in enumerate(sample.captions[:limit])]
         bucket = buckets[place]
         at = crop_place(sample, bucket)
-        waiting.setdefault(place, []).append((number, to_pixels([fit(sample.image, bucket, at)])))
+        pixels = to_pixels([fit(sample.image, bucket, at)])
+        waiting.setdefault(place, []).append((number, pixels, sample))
         if sample.mask is not None:
             mask = stack_masks([fit(sample.mask, bucket, at)], bucket)
             assert mask is not None
@@ -188,6 +197,14 @@ def encode_chunk(
     tensors["bucket"] = torch.tensor(place_of)
     tensors["captions"] = torch.tensor(counts)
     return tensors
+
+
+def stack_known(rows: Sequence[Tensor | None], missing: float) -> Tensor | None:
+    """Rows of one shape stacked, those that are None full of `missing`; None when all are."""
+    known = next((row for row in rows if row is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.full_like(known, missing) if row is None else row for row in rows])
 
 
 def digest(path: Path) -> str:

@@ -102,6 +102,12 @@ class DiffusionSettings(Settings):
     weight: Literal["p2", "adaptive", "min_snr", "none"] = Field(
         "p2", description="loss weight over noise levels"
     )
+    time_power: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="training times are drawn as uniform^this: below 1 more of the noisy ones",
+    )
     offset_noise: float = Field(0.0, ge=0, description="weight of noise that is constant per channel")
     pyramid_noise: bool = Field(True, description="coarse structure in Stage B's noise, as published")
     masked: bool = Field(
@@ -113,6 +119,10 @@ class DiffusionSettings(Settings):
     picture_only: float = Field(
         0.0, ge=0, le=1,
         description="Stage C: share told by the image embedding alone, in the caption's place too",
+    )  # fmt: skip
+    grounding: float = Field(
+        0.0, ge=0,
+        description="Stage C: weight of naming what stands where, on drawn shapes, from inside the network",
     )  # fmt: skip
     image_from_text: bool = Field(
         False, description="without an image encoder: the caption's vector stands in"

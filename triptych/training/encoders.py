@@ -58,6 +58,7 @@ class Encoded:
     text_pooled: Tensor  # (B, Wp)
     image_embed: Tensor | None  # (B, Wi)
     mask: Tensor | None = None  # (B, 1, H/4, W/4) in [0, 1], 1 where the picture matters; None: everywhere
+    objects: Tensor | None = None  # (B, 2, h, w), see `object_map`; None where no picture says what it shows
 
 
 def shrink_mask(mask: Tensor) -> Tensor:

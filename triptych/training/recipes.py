@@ -38,7 +38,7 @@ from triptych.models.semantic import (
 )
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
-from triptych.training.cache import Cache, open_cache
+from triptych.training.cache import Cache, open_cache, stack_known
 from triptych.training.checkpointing import build_network
 from triptych.training.config import DiffusionSettings, RunSettings
 from triptych.training.draws import Draws
@@ -51,6 +51,7 @@ from triptych.training.encoders import (
     part_path,
     shrink_mask,
 )
+from triptych.training.grounding import UNKNOWN, Grounding, Middle, grounding_loss, object_map
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
 from triptych.training.processes import total
 from triptych.training.sources import Pictures
@@ -211,6 +212,11 @@ def diffusion_task(
         encoders.text_learns = True
     adaptive = AdaptiveWeight()
     loss_of = stage_b_loss if is_b else stage_c_loss
+    grounding = 0.0 if is_b else settings.diffusion.grounding
+    helpers: dict[str, nn.Module] = {}
+    if grounding:
+        middle = Middle(network)
+        helpers["grounding"] = Grounding(config.widths[-1]).to(device)
 
     def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
         if cache is None:
@@ -234,7 +240,13 @@ def diffusion_task(
         if batch.encoded is not None and pictures.rearranges:
             hidden, pooled = encoders.read_text(batch.captions)
             encoded = dataclasses.replace(encoded, text_hidden=hidden, text_pooled=pooled)
-        return loss_of(settings, network, encoded, draws, adaptive, encoders, device)
+        losses = loss_of(settings, network, encoded, draws, adaptive, encoders, device)
+        if grounding and encoded.objects is not None:
+            assert middle.map is not None
+            named = grounding_loss(helpers["grounding"](middle.map), encoded.objects.to(device))
+            losses.total = losses.total + grounding * named
+            losses.terms["grounding"] = named.detach()
+        return losses
 
     @torch.no_grad()
     def sample(trained: dict[str, nn.Module], out: Path) -> Image.Image:
@@ -257,7 +269,7 @@ def diffusion_task(
     return Task(
         networks, pictures.order(cache.buckets if cache else None),
         load, loss, info, sample,
-        players={settings.recipe: [*networks]}, tables={"adaptive": adaptive},
+        players={settings.recipe: [*networks, *helpers]}, helpers=helpers, tables={"adaptive": adaptive},
         skipped=pictures.skipped, key_of=pictures.source.key, trunks=[network],
     )  # fmt: skip
 
@@ -304,7 +316,9 @@ def encode_batch(
     hidden, pooled = encoders.read_text(batch.captions)
     mask = batch.pictures.mask
     mask = None if mask is None else shrink_mask(mask)
-    return Encoded(latents_c, latents_b, hidden, pooled, image, mask)
+    height, width = latents_c.shape[-2:]
+    maps = [object_map(one.meta, one.image.size, (height, width)) for one in batch.pictures.samples]
+    return Encoded(latents_c, latents_b, hidden, pooled, image, mask, stack_known(maps, UNKNOWN))
 
 
 def stage_c_loss(
@@ -322,7 +336,7 @@ def stage_c_loss(
     the caption's pooled vector too: what variations without a prompt do where the image encoder lands there.
     """
     diffusion = settings.diffusion
-    t = training_times(draws.uniform())
+    t = training_times(draws.uniform()) ** diffusion.time_power
     dropped = draws.uniform() < diffusion.drop_text
     keep_image = (draws.uniform() < diffusion.keep_image).to(device)
     alone = draws.uniform() < diffusion.picture_only if diffusion.picture_only else torch.zeros_like(dropped)
@@ -360,7 +374,7 @@ def stage_b_loss(
     """Semantic latents dropped to zeros with 10 %, captions with 5 %, pyramid noise as published."""
     diffusion = settings.diffusion
     assert encoded.latents_b is not None
-    t = training_times(draws.uniform())
+    t = training_times(draws.uniform()) ** diffusion.time_power
     _, pooled = drop_text(encoded, draws.uniform() < diffusion.drop_text, encoders)
     dropped = (draws.uniform() < diffusion.drop_semantic).to(device)
     semantic = encoded.latents_c.to(device)
