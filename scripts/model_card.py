@@ -31,6 +31,7 @@ EVALUATIONS = {
     "variations": f"variations {VALIDATION} --count 40 --seeds 2",
     "reconstruction": f"reconstruction {VALIDATION}",
     "icons": "icons",
+    "binding": "binding",
     "image_encoder": f"image_encoder {VALIDATION}",
     "shapes_192x192": "shapes --size 192x192 --count 30",
     "shapes_384x256": "shapes --size 384x256 --count 30",
@@ -43,6 +44,7 @@ CARD = """
 | shapes, one object: colour and shape right | {shapes_single.right}; colour alone {shapes_single.colours} | shapes |
 | shapes, two objects and their relation | {shapes_pairs.right}; both objects {shapes_pairs.objects}, colours {shapes_pairs.colours} | the same |
 | pairs of colour and shape never trained | {shapes_heldout.right}; colours {shapes_heldout.colours} | the same |
+| loss on pairs at time 0.8, forms exchanged in the caption | {binding.forms at 0.8} higher; colours {binding.colours at 0.8} | binding |
 | background asked for | {shapes_single.background} | the same |
 | icons: concept first of 100 | {icons.first}; among five {icons.top5} | icons |
 | Stage A alone, 100 validation drawings | {reconstruction.a psnr}, SSIM {reconstruction.a ssim}, MobileNetV2 distance {reconstruction.a mobilenet distance} | reconstruction |
@@ -97,7 +99,7 @@ def measure(name: str, runs: Path, data: Path, seeds: int) -> str:
 
 
 def read(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Measures by the evaluation's name; of shapes, by the set's name, and at other sizes single ones only."""
+    """Measures by the evaluation's name; of shapes by the set's name, at other sizes single ones only."""
     found = {}
     for name in EVALUATIONS:
         for path in sorted((runs / name).glob("*.json")):

@@ -216,6 +216,8 @@ def test_the_command_prints_a_table_and_writes_files(tiny_cascade: Path, tmp_pat
         (["shape"], 'called "shape": did you mean "shapes"'),
         (["icons", "--data", "x.tar"], "--data is for reconstruction, image_encoder, variations"),
         (["image_encoder", "--steps", "3"], "image_encoder draws nothing: leave steps out"),
+        (["binding", "--guidance", "3"], "binding draws nothing: leave guidance out"),
+        (["binding", "--data", "x.tar"], "--data is for reconstruction, image_encoder, variations"),
         (["variations"], "name a tar shard of them with --data"),
     ],
 )

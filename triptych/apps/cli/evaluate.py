@@ -30,6 +30,8 @@ Examples:
 
   triptych evaluate image_encoder --data val.tar
 
+  triptych evaluate binding --stage-c runs/mini/stage_c/stage_c.safetensors
+
   triptych evaluate variations --data val.tar --count 40 --seeds 2
 
   triptych evaluate distances --data real --pictures made --features inception --weights judges
@@ -42,6 +44,8 @@ Examples:
 
 shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
 shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
+binding: how much worse does Stage C denoise pairs when forms or colours of their captions are exchanged?
+Nothing is drawn for that: it tells within a minute whether a run learns which word belongs where.
 reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. image_encoder: is
 a picture's own name the nearest of a hundred to its embedding? Nothing is drawn for that. variations: is the
 concept of an icon still seen in its variations? img2img: how much of a picture is left at each strength?
@@ -57,7 +61,7 @@ package (mobilenet), is yours in WEIGHTS/inception (FID and KID as published), o
 
 CONTROLS = ("canny", "inpainting", "super_resolution", "pixel_super_resolution")
 PICTURES = ("reconstruction", "image_encoder", "variations", "img2img", *CONTROLS)
-KINDS = ("shapes", "structured", "icons", "scores", *PICTURES, "distances")
+KINDS = ("shapes", "structured", "icons", "binding", "scores", *PICTURES, "distances")
 DEFAULT_PICTURES = dict.fromkeys(PICTURES, 100) | {"variations": 40, "img2img": 20}
 # Measures that are no shares.
 PLAIN = ("psnr", "ssim", "distance", "lpips", "dists", "score", "hps", "imagereward", "aesthetic")
@@ -244,6 +248,12 @@ def measured(
                 cascade, icon_prompts(everything)[:count], seeds, progress, **settings
             )
         yield report
+    elif what == "binding":
+        from triptych.evaluation.binding import evaluate_binding
+
+        draws_nothing(what, settings)
+        with pictures_progress(what) as progress:
+            yield evaluate_binding(cascade, count or 100, progress)
     else:
         from triptych.data.shards import ShardIndex
         from triptych.data.sources import DrawnShapes
@@ -265,12 +275,17 @@ def measured(
                 yield editing.evaluate_img2img(cascade, source, number, 0, progress, **settings)
 
 
+def draws_nothing(what: str, settings: dict[str, Any]) -> None:
+    """Refuse settings of sampling where nothing is sampled."""
+    if settings:
+        raise RequestError(f"{what} draws nothing: leave {', '.join(settings)} out.")
+
+
 def naming(cascade: Cascade, source: Any, count: int, settings: dict[str, Any]) -> Report:
     """How often a picture's own name is the nearest."""
     from triptych.evaluation.naming import evaluate_image_encoder
 
-    if settings:
-        raise RequestError(f"image_encoder draws nothing: leave {', '.join(settings)} out.")
+    draws_nothing("image_encoder", settings)
     return evaluate_image_encoder(cascade, source, count)
 
 
