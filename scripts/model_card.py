@@ -51,7 +51,7 @@ CARD = """
 | B and A from true semantic latents | {reconstruction.b+a psnr}, SSIM {reconstruction.b+a ssim}, MobileNetV2 distance {reconstruction.b+a mobilenet distance} | the same |
 | image encoder: own name first of 100 held-out drawings | {image_encoder.first}; among five {image_encoder.top5} | image_encoder |
 | variations: the icon's concept first of 100 | {variations.variation, first}; among five {variations.variation, top5}; its reconstructions {variations.reconstruction, first}, random pictures {variations.random, first} | variations |
-| ControlNet for edges: F1 within 2 pixels | {canny.f1, control}; no control {canny.f1, no control}, reconstruction {canny.f1, reconstruction} | canny |
+| ControlNet for edges: F1 within 2 pixels | {canny.f1, control}; no control {canny.f1, no control}, reconstruction {canny.f1, reconstruction}: {canny.obedience} of the way (aim: 0.5) | canny |
 | ControlNet for holes: PSNR in the hole, distance | {inpainting.psnr, control}, {inpainting.distance, control}; mean colour {inpainting.psnr, mean colour}, {inpainting.distance, mean colour}; OpenCV {inpainting.psnr, opencv}, {inpainting.distance, opencv} | inpainting |
 | shapes asked for in a hole | {inpainting.shape in a hole}; drawn freely {inpainting.shape drawn freely} | the same |
 | ControlNet for small views (64 of 256 pixels) | {pixel_super_resolution.psnr, control}, distance {pixel_super_resolution.distance, control}, concept {pixel_super_resolution.concept first, control}; bicubic {pixel_super_resolution.psnr, bicubic}, {pixel_super_resolution.distance, bicubic}, {pixel_super_resolution.concept first, bicubic} | pixel_super_resolution |
@@ -103,7 +103,8 @@ def read(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for name in EVALUATIONS:
         for path in sorted((runs / name).glob("*.json")):
-            rows = json.loads(path.read_text(encoding="utf-8"))["measures"]
+            report = json.loads(path.read_text(encoding="utf-8"))
+            rows = report["measures"] | {what: {"value": value} for what, value in report["numbers"].items()}
             if name == "shapes":
                 found[path.stem] = rows
             elif path.stem in (name, "shapes_single"):
@@ -124,7 +125,10 @@ def fill(table: str, measured: dict[str, dict[str, dict[str, float]]], seeds: in
 
 
 def shown(name: str, row: dict[str, float]) -> str:
-    """A measure with its 95 % interval: decibels, distances and F1 as they are, all else in percent."""
+    """A measure with its 95 % interval: decibels, distances and F1 as they are, all else in percent. A number
+    of the whole set has no interval."""
+    if "low" not in row:
+        return f"{row['value']:.3f}"
     value, low, high = row["value"], row["low"], row["high"]
     if "psnr" in name:
         return f"{value:.1f} dB ({low:.1f} to {high:.1f})"

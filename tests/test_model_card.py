@@ -32,7 +32,7 @@ def write_rows(card: ModuleType, runs: Path) -> None:
             file = "shapes_single" if name.startswith("shapes_") and folder.name != "shapes" else name
             folder.mkdir(exist_ok=True)
             path = folder / f"{file}.json"
-            held = json.loads(path.read_text()) if path.exists() else {"measures": {}}
+            held = json.loads(path.read_text()) if path.exists() else {"measures": {}, "numbers": {}}
             held["measures"][measure] = {"value": 0.25, "low": 0.125, "high": 0.5, "count": 100}
             path.write_text(json.dumps(held))
 
@@ -50,7 +50,7 @@ def test_rows_fill_every_place_of_both_tables(card: ModuleType, tmp_path: Path) 
 
 def test_a_measure_that_is_missing_is_an_error_and_leaves_the_page(card: ModuleType, tmp_path: Path) -> None:
     write_rows(card, tmp_path)
-    (tmp_path / "icons" / "icons.json").write_text('{"measures": {}}')
+    (tmp_path / "icons" / "icons.json").write_text('{"measures": {}, "numbers": {}}')
     with pytest.raises(KeyError):
         card.fill(card.CARD, card.read(tmp_path), 1)
     page = tmp_path / "page.md"

@@ -41,6 +41,7 @@ def test_a_map_names_every_object_at_its_middle_and_background_elsewhere(size: t
 
 def test_pictures_without_truth_have_no_map_and_no_loss() -> None:
     assert object_map({"licence": "CC0-1.0"}, (256, 256), (8, 8)) is None
+    assert object_map({"objects": [{"category_id": 3}]}, (256, 256), (8, 8)) is None
     logits = torch.randn(2, sum(NAMES), 8, 8, requires_grad=True)
     unknown = torch.full((2, 2, 8, 8), UNKNOWN)
     loss = grounding_loss(logits, unknown)

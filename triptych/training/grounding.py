@@ -28,10 +28,11 @@ def object_map(meta: Mapping[str, Any], size: tuple[int, int], latents: tuple[in
     """Form and colour of what covers each latent, int8 (2, h, w), numbers in SHAPES and COLOURS.
 
     `meta` is a sample's, its boxes in pixels of a picture of `size` (width, height); `latents` is (h, w).
-    None where the sample does not say what it shows.
+    The picture is used whole: a crop would move what the boxes say. None for all but drawn shapes: what other
+    data calls "objects" may be anything.
     """
     objects = meta.get("objects")
-    if not objects:
+    if meta.get("source") != "procedural" or not objects:
         return None
     height, width = latents
     found = torch.tensor(NAMES, dtype=torch.int8)[:, None, None].repeat(1, height, width) - 1
