@@ -52,6 +52,18 @@ def test_the_published_encoder_and_previewer_are_trained_further(model: Path, tm
         load_part(tmp_path / f"{part}.safetensors", part)
 
 
+def test_a_decoder_taught_alone_leaves_the_latents_as_they_were(model: Path, tmp_path: Path) -> None:
+    alone = {"decoder_only": True, "restart_codes": 1, "quantised": 0.5}
+    train(settings("stage_a", model, tmp_path, autoencoder=alone, optim={"lr": 1e-2, "warmup": 1}))
+    pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    before, after = (load_part(folder / "stage_a.safetensors", "stage_a")[0] for folder in (model, tmp_path))
+    latents = before.encode(pixels)
+    assert torch.equal(after.encode(pixels), latents)
+    assert not torch.allclose(after.decode(latents), before.decode(latents), atol=1e-3)
+    with pytest.raises(SettingsError, match="init"):
+        train(settings("stage_a", model, tmp_path / "new", autoencoder=alone, init=None))
+
+
 def test_what_the_files_say_is_followed_where_the_settings_do_not(model: Path, tmp_path: Path) -> None:
     own = following_init(settings("stage_c", model, tmp_path))
     assert own.diffusion.prediction == "eps"

@@ -87,6 +87,9 @@ class AutoencoderSettings(Settings):
     adversarial_start: int = Field(0, ge=0, description="step at which the discriminator joins")
     discriminator: str = Field("mini", description="size of the discriminator")
     latent_noise: float = Field(0.0, ge=0, description="deviation of noise added to semantic latents")
+    decoder_only: bool = Field(
+        False, description="Stage A: encoder and codes of `init` stay, so latents made by them stay right"
+    )
 
 
 class ImageEncoderSettings(Settings):

@@ -60,7 +60,7 @@ def _stage_a(settings: RunSettings, pixels: Tensor) -> Built:
     judge = Discriminator(DISCRIMINATOR[weights.discriminator]) if weights.adversarial else None
 
     def autoencode() -> None:
-        shown, _ = reconstruct(stage_a.train(), pixels, codes)
+        shown, _ = reconstruct(stage_a.train(), pixels, codes, weights.decoder_only)
         F.mse_loss(shown, pixels)
         F.l1_loss(shown, pixels)
         if judge is not None:

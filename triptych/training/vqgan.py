@@ -33,6 +33,8 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
         raise SettingsError(
             f'discriminator "{weights.discriminator}": {nearest(weights.discriminator, DISCRIMINATOR)}.'
         )
+    if weights.decoder_only and settings.init is None:
+        raise SettingsError("autoencoder.decoder_only keeps an encoder that is there: say which by init.")
     stage_a = StageA(network_config(settings, "stage_a", STAGE_A)).to(device)
     players = {"autoencoder": ["stage_a"]}
     helpers: dict[str, nn.Module] = {}
@@ -48,13 +50,13 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
         if player == "discriminator":
             assert judge is not None
             with torch.no_grad():
-                shown, _ = reconstruct(stage_a, pixels, through_codes)
+                shown, _ = reconstruct(stage_a, pixels, through_codes, weights.decoder_only)
             real, made = judge(pixels), judge(shown)
             total = F.binary_cross_entropy(real, torch.ones_like(real))
             total = total + F.binary_cross_entropy(made, torch.zeros_like(made))
             return Losses(total / 2, terms={"real": real.detach().mean(), "made": made.detach().mean()})
-        shown, codebook = reconstruct(stage_a, pixels, through_codes)
-        if weights.restart_codes and step % weights.restart_codes == 0:
+        shown, codebook = reconstruct(stage_a, pixels, through_codes, weights.decoder_only)
+        if weights.restart_codes and not weights.decoder_only and step % weights.restart_codes == 0:
             restart_codes(stage_a, pixels, key(settings.seed, CODES, step))
         squared = F.mse_loss(shown, pixels)
         total = weights.l2 * squared + weights.l1 * F.l1_loss(shown, pixels) + weights.codebook * codebook
@@ -90,12 +92,18 @@ def stage_a_task(settings: RunSettings, pictures: Pictures, device: torch.device
     )  # fmt: skip
 
 
-def reconstruct(stage_a: StageA, pixels: Tensor, through_codes: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    stage_a: StageA, pixels: Tensor, through_codes: Tensor, decoder_only: bool = False
+) -> tuple[Tensor, Tensor]:
     """The picture, from codes where `through_codes` (B,) and else from the latents, and the codebook's loss.
 
-    Generation never quantises, so a decoder that also sees continuous latents serves it better.
+    Generation never quantises, so a decoder that also sees continuous latents serves it better. With
+    `decoder_only` nothing of the encoder changes, the statistics of its batch norm neither.
     """
-    quantised = stage_a.encode_quantised(pixels)
+    if decoder_only:
+        stage_a.down_blocks.eval()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not decoder_only):
+        quantised = stage_a.encode_quantised(pixels)
     latents = torch.where(through_codes[:, None, None, None], quantised.codes, quantised.latents)
     return stage_a.decode(latents), quantised.loss
 
