@@ -15,6 +15,7 @@ from triptych.apps.cli.main import app
 from triptych.training.config import RunSettings, check_settings
 from triptych.training.plan import plan_memory, show_plan
 
+FIXTURE = Path(__file__).parents[2] / "recipes" / "tiny" / "fixture-64.tar"
 GIB = 2**30
 THRIFTY: dict[str, Any] = {
     "checkpointing": True, "weights": "bfloat16", "ema": {"enabled": False},
@@ -83,6 +84,20 @@ def test_full_fine_tuning_at_1024_fits_a_consumer_card(tmp_path: Path, size: str
     data = {"shapes": 8, "size": 768, "cache": "cache"}  # 24 x 24 latents, as 1024 x 1024 pictures have
     settings = run_settings(tmp_path, size=size, batch=1, network={}, data=data, **THRIFTY)
     assert plan_memory(settings).total < limit * GIB
+
+
+def test_towers_left_in_their_files_count_a_layer(tmp_path: Path) -> None:
+    frozen = {}
+    for init in ("cascade", "mini"):
+        for offload in (False, True):
+            parts = {"offload": offload}
+            settings = run_settings(
+                tmp_path, init=init, network={}, parts=parts, data={"shards": [str(FIXTURE)]}
+            )
+            frozen[init, offload] = plan_memory(settings).parts["frozen parts"]
+    assert frozen["cascade", True] == pytest.approx(0.122 * frozen["cascade", False], rel=0.01)
+    layers = 5 * (4 * 384**2 + 2 * 384 * 1536)  # five of MiniLM's six are not there
+    assert frozen["mini", False] - frozen["mini", True] == pytest.approx(4 * layers, rel=0.01)
 
 
 @pytest.mark.parametrize(

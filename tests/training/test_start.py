@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from published_folders import write_official
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from triptych.checkpoints.files import read_tensors
 from triptych.checkpoints.load import load_part, read_part
 from triptych.errors import SettingsError
+from triptych.pipelines.placement import blocks_of
 from triptych.training.config import RunSettings, check_settings
+from triptych.training.encoders import load_encoders
 from triptych.training.loop import train
 from triptych.training.start import following_init
 
@@ -62,6 +65,25 @@ def test_a_decoder_taught_alone_leaves_the_latents_as_they_were(model: Path, tmp
     assert not torch.allclose(after.decode(latents), before.decode(latents), atol=1e-3)
     with pytest.raises(SettingsError, match="init"):
         train(settings("stage_a", model, tmp_path / "new", autoencoder=alone, init=None))
+
+
+def test_towers_left_in_their_files_teach_the_same(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model / "text_encoder", tmp_path / "text_encoder")
+    shutil.copytree(model / "tokenizer", tmp_path / "tokenizer")
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(stored, folder / "model.safetensors")
+    parts = {"text_encoder": str(folder), "image_encoder": str(model / "image_encoder")}
+    for name, offload in (("held", False), ("left", True)):
+        train(settings("stage_c", model, tmp_path / name, parts=parts | {"offload": offload}))
+    held, left = (read_tensors(tmp_path / name / "state.safetensors") for name in ("held", "left"))
+    assert all(tensor.equal(held[name]) for name, tensor in left.items())
+
+    own = following_init(settings("stage_c", model, tmp_path, parts=parts | {"offload": True}))
+    text = load_encoders(own.parts, ["text_encoder"], torch.device("cpu")).text
+    assert text is not None
+    text.encode(["a red apple"])
+    layers = [p for block in blocks_of(text.tower) for p in block.parameters()]  # type: ignore[arg-type]
+    assert {p.dtype for p in layers} == {torch.bfloat16}  # wide only while they ran
 
 
 def test_what_the_files_say_is_followed_where_the_settings_do_not(model: Path, tmp_path: Path) -> None:

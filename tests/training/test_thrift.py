@@ -97,6 +97,11 @@ REFUSED = [
     ({"recipe": "semantic", "checkpointing": True}, "recipe semantic has none"),
     ({"recipe": "lora", "checkpointing": True, "weights": "bfloat16"}, "a LoRA has lora.base"),
     ({"recipe": "lora", "lora": {"base": "int8"}}, "add checkpointing = true"),
+    ({"recipe": "lora", "parts": {"offload": True}}, "a LoRA holds its text encoder as lora.base says"),
+    (
+        {"parts": {"offload": True}, "diffusion": {"train_text": True}},
+        "moves the weights of the text encoder",
+    ),
 ]
 
 

@@ -370,6 +370,10 @@ TOKENIZER_FILES = tuple(
     )
 )
 TOWER_PARAMETERS = {"text_encoder": 694_659_840, "image_encoder": 303_966_208}
+TOWER_AT_ONCE = {
+    "text_encoder": 84_659_200,
+    "image_encoder": 14_253_056,
+}  # one layer, and all outside of layers
 TOWER_FILES = {
     "text_encoder": (DECODER_REPO, "text_encoder/model.bf16.safetensors"),
     "image_encoder": (PRIOR_REPO, "image_encoder/model.bf16.safetensors"),

@@ -73,6 +73,9 @@ class PartsSettings(Settings):
     previewer: str = Field("mini", description="previewer, for the sample grids of Stage C")
     text_encoder: str = Field("mini", description="text encoder")
     image_encoder: str | None = Field(None, description="image encoder; none: Stage C learns from text alone")
+    offload: bool = Field(
+        False, description="frozen towers stay in their mapped files, a layer at a time on the device"
+    )
 
 
 class AutoencoderSettings(Settings):

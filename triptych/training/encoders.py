@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from triptych.checkpoints.catalog import PACKAGED, PUBLISHED, find_model, packag
 from triptych.checkpoints.load import load_part
 from triptych.conditioning.encode import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from triptych.errors import SettingsError, nearest
+from triptych.pipelines.placement import Placement, place
 from triptych.training.config import PartsSettings
 
 
@@ -90,8 +92,13 @@ def part_path(part: str, given: str, setting: str = "") -> Path:
     return found
 
 
-def load_encoders(parts: PartsSettings, needed: Sequence[str], device: torch.device) -> Encoders:
-    """Load the frozen parts named in `needed`: stage_a, semantic, text_encoder, image_encoder."""
+def load_encoders(
+    parts: PartsSettings, needed: Sequence[str], device: torch.device, as_stored: bool = False
+) -> Encoders:
+    """Load the frozen parts named in `needed`: stage_a, semantic, text_encoder, image_encoder.
+
+    They are float32; towers remain `as_stored` for a caller that says how else to hold them.
+    """
     encoders = Encoders()
     if "stage_a" in needed:
         encoders.stage_a = frozen("stage_a", parts.stage_a, device)
@@ -99,11 +106,19 @@ def load_encoders(parts: PartsSettings, needed: Sequence[str], device: torch.dev
         encoders.semantic = frozen("semantic", parts.semantic, device)
     if "text_encoder" in needed:
         encoders.text = load_text_encoder(part_path("text_encoder", parts.text_encoder))
-        encoders.text.tower.to(device)  # type: ignore[attr-defined]
+        settle(encoders.text.tower, parts, device, as_stored)
     if "image_encoder" in needed and parts.image_encoder is not None:
         encoders.image = load_image_encoder(part_path("image_encoder", parts.image_encoder))
-        encoders.image.tower.to(device)  # type: ignore[attr-defined]
+        settle(encoders.image.tower, parts, device, as_stored)
     return encoders
+
+
+def settle(tower: Any, parts: PartsSettings, device: torch.device, as_stored: bool) -> None:
+    """A frozen tower on the device; with `parts.offload` only the layer that runs is there."""
+    if parts.offload:
+        place(tower, Placement(device, weights="streamed"))
+    else:
+        tower.to(device, None if as_stored else torch.float32)
 
 
 def frozen(part: str, given: str, device: torch.device) -> nn.Module:

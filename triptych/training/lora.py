@@ -179,7 +179,7 @@ def needed_parts(own: LoraSettings) -> list[str]:
 def build_base(settings: RunSettings, files: ModelFiles, device: torch.device) -> Base:
     """Frozen networks held as `lora.base` says, adapters in float32."""
     own = settings.lora
-    encoders = load_encoders(settings.parts, needed_parts(own), device)
+    encoders = load_encoders(settings.parts, needed_parts(own), device, as_stored=own.base != "float32")
     assert encoders.text is not None
     networks: dict[str, nn.Module] = {}
     infos: dict[str, PartInfo] = {}

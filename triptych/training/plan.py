@@ -7,6 +7,7 @@ Networks are built without values; what the forward and backward pass keep is co
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from triptych.checkpoints.catalog import PUBLISHED, SHARED_FILES, TOWER_PARAMETERS, find_model
+from triptych.checkpoints.catalog import (
+    PUBLISHED,
+    SHARED_FILES,
+    TOWER_AT_ONCE,
+    TOWER_PARAMETERS,
+    find_model,
+)
 from triptych.checkpoints.files import read_header
 from triptych.checkpoints.load import read_part
 from triptych.conditioning.towers import weight_file
@@ -35,6 +42,7 @@ from triptych.training.start import following_init, network_config
 STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}  # bytes a number of a matrix
 UPDATE_COPIES = {"adafactor": 4, "adamw8bit": 1, "muon": 6}  # of the largest weight, float32
 TEXT_TOKENS = 77
+LAYER = re.compile(r"\blayers\.\d+\.")  # the unit in which a tower's weights come from its file
 Network = TypeVar("Network", bound=nn.Module)
 CAPTION_BYTES = 2**16  # of an embedded caption in a batch
 
@@ -211,17 +219,19 @@ def update_working(settings: RunSettings, parameters: list[nn.Parameter]) -> int
 
 
 def frozen_bytes(settings: RunSettings) -> int:
-    """Encoders beside the run; a cache leaves only the text encoder. A LoRA's is held like its base."""
+    """Encoders beside the run; a cache leaves only the text encoder, which a LoRA holds like its base. Of
+    towers that stay in their files one layer is there."""
     if settings.recipe in ("stage_a", "semantic"):
         return 0
     text = STORED[settings.lora.base] if settings.recipe == "lora" else WIDE
+    apart = settings.parts.offload
     if published(settings) is not None:
-        return int(TOWER_PARAMETERS["text_encoder"] * text)
+        return int((TOWER_AT_ONCE if apart else TOWER_PARAMETERS)["text_encoder"] * text)
     source: Any = find_model(settings.lora.model) if settings.recipe == "lora" else settings.parts
     total = 0.0
     for part in frozen_parts(settings):
         given = getattr(source, part)
-        total += (text if part == "text_encoder" else WIDE) * part_numbers(part, given)
+        total += (text if part == "text_encoder" else WIDE) * part_numbers(part, given, apart)
     return int(total)
 
 
@@ -236,18 +246,34 @@ def frozen_parts(settings: RunSettings) -> list[str]:
     return [*needed, "stage_a"] if shown else needed
 
 
-def part_numbers(part: str, given: str | Path | None) -> int:
-    """Numbers in a part that a setting names; nothing is downloaded."""
+def part_numbers(part: str, given: str | Path | None, apart: bool = False) -> int:
+    """Numbers in a part that a setting names; of a tower, if `apart`, those that are there at a time.
+
+    Nothing is downloaded.
+    """
     if given is None:
         return 0
     if given in PUBLISHED:
-        return TOWER_PARAMETERS[part] if part in TOWER_PARAMETERS else SHARED_FILES[part][2]
-    return numbers_in(weight_file(part_path(part, str(given)), part))
+        towers = TOWER_AT_ONCE if apart else TOWER_PARAMETERS
+        return towers[part] if part in towers else SHARED_FILES[part][2]
+    path = weight_file(part_path(part, str(given)), part)
+    return numbers_at_once(path) if apart and part in TOWER_PARAMETERS else numbers_in(path)
 
 
 def numbers_in(path: Path) -> int:
     """Numbers in a weight file, scales of int8 rows included."""
     return sum(math.prod(entry.shape) for entry in read_header(path).entries.values())
+
+
+def numbers_at_once(path: Path) -> int:
+    """Numbers outside of a tower's layers, and in the largest layer."""
+    layers: dict[str, int] = {}
+    for name, entry in read_header(path).entries.items():
+        found = LAYER.search(name)
+        layer = found.group() if found else ""
+        layers[layer] = layers.get(layer, 0) + math.prod(entry.shape)
+    outside = layers.pop("", 0)
+    return outside + max(layers.values(), default=0)
 
 
 def loader_bytes(settings: RunSettings) -> int:

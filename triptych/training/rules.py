@@ -74,6 +74,11 @@ def conflicts(settings: RunSettings) -> Iterator[str]:
             )
         if settings.shard:
             yield "diffusion.train_text is for networks that every process holds whole: leave out shard"
+    if settings.parts.offload and (settings.recipe == "lora" or settings.diffusion.train_text):
+        learns = 'a LoRA holds its text encoder as lora.base says (lora.base = "int8", say)'
+        if settings.recipe != "lora":
+            learns = "diffusion.train_text moves the weights of the text encoder"
+        yield f"parts.offload leaves frozen towers in their files, but {learns}: leave it out"
     if settings.distil.kind != "none":
         own = settings.lora
         if settings.recipe != "lora" or own.token or own.prior or own.parts != ("stage_c",):
