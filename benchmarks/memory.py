@@ -2,13 +2,16 @@
 
     python benchmarks/memory.py --pair cascade-lite --size 1024x1024 --weights narrow
     python benchmarks/memory.py --pair cascade --size 1024x1024 --weights int8 --limit 6GiB
+    python benchmarks/memory.py --decode --size 2048x2048 --limit 512MiB
     python benchmarks/memory.py --errors
 
 Weights are random, in files of the published layout and of bfloat16, written into --folder unless they are
 there already (7 GB for the larger pair). Memory is what the process has that no file backs (RssAnon), sampled
 every few milliseconds, over what it had before the first weight was there; pages of the mapped files are
 told apart. --weights: exact (whatever fits --limit without rounding), narrow, int8 or streamed. With --limit
-the exit status is 1 when the peak is above it. --errors prints how far int8 networks are from exact ones.
+the exit status is 1 when the peak is above it. --decode runs Stage A alone, in the tiles that fit the limit
+and then whole, and tells how far apart the two pictures are beside the tiles' edges and elsewhere. --errors
+prints how far int8 networks are from exact ones.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ from triptych.pipelines.placement import Placement, Weights, place
 from triptych.pipelines.planning import needs_of, plan
 from triptych.pipelines.request import Request
 from triptych.pipelines.stages import Batch, Run
+from triptych.pipelines.tiles import decode_in_tiles
+from triptych.sizes import latent_size_b
 
 STAGES = ("stage_c", "stage_b", "stage_a")
 POOL = 2**22  # random numbers, dealt out again and again
@@ -182,6 +187,39 @@ def measure_steps(files: ModelFiles, request: Request, weights: str, room: int) 
     return rows
 
 
+def measure_decode(files: ModelFiles, request: Request, room: int) -> dict[str, Any]:
+    """Stage A in tiles: bytes foretold and measured, seconds, and its distance to the whole decode."""
+    parts = Parts(files, torch.device("cpu"), torch.float32)
+    (need,) = needs_of(parts, request, ("stage_a",))
+    chosen = plan([need], room)
+    if chosen is None or chosen.tile is None:
+        raise SystemExit("Nothing fits this limit." if chosen is None else "This limit needs no tiles.")
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 4, *latent_size_b(*request.sides()), generator=draw)
+    sampler = Sampler()
+    network, _ = load_part(files.stage_a, "stage_a", finite=False)
+    network = place(network, Placement(torch.device("cpu")))
+    start = time.perf_counter()
+    with torch.no_grad():
+        tiled = decode_in_tiles(network, latents, chosen.tile)
+        seconds, measured = time.perf_counter() - start, sampler.private
+        sampler.close()
+        whole = decode_in_tiles(network, latents, None)
+    apart = (tiled - whole).abs().amax((0, 1)) / whole.std()  # (H, W)
+    edge = torch.zeros_like(apart, dtype=torch.bool)
+    for pixels, step in zip((edge, edge.T), chosen.tile, strict=True):
+        for line in range(4 * step, len(pixels), 4 * step):
+            pixels[line - 1 : line + 1] = True
+    return {
+        "tile": chosen.tile,
+        "foretold": peak([need], chosen),
+        "measured": measured,
+        "seconds": round(seconds, 1),
+        "difference at edges": float(apart[edge].max()),
+        "difference elsewhere": float(apart[~edge].max()),
+    }
+
+
 def random_batch(parts: Parts, request: Request) -> Batch:
     """One picture with random conditions."""
     config = parts.info("stage_c").config
@@ -238,6 +276,7 @@ def main() -> int:
     parser.add_argument("--weights", choices=("exact", "narrow", "int8", "streamed"), default="narrow")
     parser.add_argument("--limit", default=None)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--errors", action="store_true")
     given = parser.parse_args()
     asked = {"size": given.size, "max_memory": given.limit, "batch": 1, "device": "cpu", "dtype": "float32"}
@@ -254,6 +293,9 @@ def main() -> int:
         files = write_pair(given.pair, folder)
         limit = request.max_memory
         room = room_on(torch.device("cpu"), None) if limit is None else limit
+        if given.decode:
+            print(json.dumps(measure_decode(files, request, room), indent=1))
+            return 0
         rows = measure_steps(files, request, given.weights, room)
     worst = max(row["measured"] for row in rows)
     print(json.dumps({"pair": given.pair, "size": given.size, "peak": worst, "stages": rows}, indent=1))
