@@ -36,6 +36,7 @@ from triptych.evaluation.evaluate import SEED_STRIDE
 from triptych.evaluation.icon_judge import load_judge
 from triptych.evaluation.judges import judge_shapes
 from triptych.evaluation.metrics import mean_interval, mobilenet_paired_distance, wilson
+from triptych.evaluation.pages import put_table
 from triptych.evaluation.prompts import shapes_prompts
 from triptych.evaluation.statistics import paired_shares
 from triptych.models.scratch import Scratch
@@ -67,7 +68,6 @@ OURS = {"stage_c": 18.7, "stage_b": 20.7, "stage_a": 19.7}
 THEIRS = 718.0  # diffusers: 20 guided steps of Stage C, 10 of Stage B, Stage A
 # Share of the arithmetic of a pass that lies in the deep levels, counted; --shares takes the time of both.
 DEEP = {"stage_c": 0.75, "stage_b": 0.77}
-START, END = "<!-- fast -->", "<!-- end of fast -->"
 
 
 def main() -> None:
@@ -94,9 +94,7 @@ def main() -> None:
     text = table(told.out, weights_name(cascade))
     print(text)
     if told.into is not None:
-        document = told.into.read_text(encoding="utf-8")
-        before, after = document.split(START)[0], document.split(END)[1]
-        told.into.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+        put_table(told.into, "fast", text)
 
 
 def stored(out: Path, name: str) -> Path:

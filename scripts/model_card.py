@@ -17,6 +17,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from triptych.evaluation.pages import put_table
+
 DOCS = Path(__file__).parent.parent / "docs"
 VALIDATION = "--data val.tar"  # as tables show it
 MEASURE = re.compile(r"\{(\w+)\.([^}]+)\}")
@@ -86,7 +88,8 @@ def main() -> None:
             print(f"{name} is measured", flush=True)
     measured = read(args.runs)
     for page, table in TABLES.items():
-        write(DOCS / page, fill(table, measured, args.seeds))
+        put_table(DOCS / page, "measured", fill(table, measured, args.seeds))
+        print(f"{page} is written")
 
 
 def measure(name: str, runs: Path, data: Path, seeds: int) -> str:
@@ -135,16 +138,6 @@ def shown(name: str, row: dict[str, float]) -> str:
     if any(word in name for word in ("distance", "ssim", "f1")):
         return f"{value:.2f} ({low:.2f} to {high:.2f})"
     return f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def write(page: Path, table: str) -> None:
-    text = page.read_text(encoding="utf-8")
-    start, end = "<!-- measured -->\n", "\n<!-- end -->"
-    if start not in text or end not in text:
-        raise SystemExit(f"{page} has no place for its table: {start.strip()} ... {end.strip()}.")
-    before, rest = text.split(start, 1)
-    page.write_text(f"{before}{start}{table}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
-    print(f"{page} is written")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from load_script import load_script
 from PIL import Image
 
 from triptych.data.shards import ShardIndex
@@ -22,13 +21,7 @@ ICONS = {"prefix": "x", "width": 36, "height": 36, "icons": {"dot": {"body": DOT
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_icons", ROOT / "scripts" / "build_icons.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_icons"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("build_icons")
 
 
 def test_the_catalogue_describes_the_pictures_of_the_fixture(script: ModuleType) -> None:

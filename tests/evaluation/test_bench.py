@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from triptych.apps.cli.bench import put_table, table
+from triptych.apps.cli.bench import table
 from triptych.apps.cli.main import app
 from triptych.evaluation import bench
 from triptych.evaluation.bench import Bench, Measured, Plan, run_bench
@@ -89,15 +88,6 @@ def test_both_programs_answer_alike_without_a_switch(narrow: None, switch: str) 
     result = run_bench(plan, torch.device("cpu"), torch.float32, lambda text: None)
     assert max(case.difference for case in result.cases.values()) < 1e-4
     assert f"without {switch}." in table(result)
-
-
-def test_the_table_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- bench -->\nold\n<!-- end of bench -->\nafter\n", encoding="utf-8")
-    for _ in range(2):
-        put_table(page, "| new |")
-    written = page.read_text(encoding="utf-8")
-    assert written == "before\n<!-- bench -->\n\n| new |\n\n<!-- end of bench -->\nafter\n"
 
 
 def test_the_command_prints_json_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def bench(
     if quick and full:
         raise RequestError("--quick and --full ask for opposite things; choose one.")
     from triptych.evaluation.bench import Plan, run_bench, use_threads
+    from triptych.evaluation.pages import put_table
     from triptych.pipelines.placement import choose_device, choose_dtype
 
     where = choose_device(device)
@@ -72,7 +73,7 @@ def bench(
         raise RequestError(f"A side of {side} pixels cannot be measured; take a multiple of 128.")
     speed = switched_off(without or [])
     if into is not None:
-        put_table(into, None)  # a page without marks is known before an hour of measuring, not after
+        put_table(into, "bench", None)  # a page without marks is known before an hour of measuring, not after
     plan = Plan(
         side, repeats, reduced=quick, whole=full, compiled=compiled, loading=not no_loading, speed=speed
     )
@@ -81,7 +82,7 @@ def bench(
             plan, where, choose_dtype(dtype, where), lambda text: print(text, file=sys.stderr, flush=True)
         )
     if into is not None:
-        put_table(into, table(result))
+        put_table(into, "bench", table(result))
     if json_output:
         typer.echo(json.dumps(result.as_json(), indent=1))
     elif markdown:
@@ -91,7 +92,6 @@ def bench(
 
 
 SWITCHES = ("once", "fused", "share", "together")
-MARKS = "<!-- bench -->\n", "<!-- end of bench -->\n"
 
 
 def switched_off(names: list[str]) -> Speed:
@@ -101,21 +101,6 @@ def switched_off(names: list[str]) -> Speed:
         if name not in SWITCHES:
             raise RequestError(f'There is no switch "{name}"; choose from {", ".join(SWITCHES)}.')
     return replace(Speed(), **dict.fromkeys(names, False))
-
-
-def put_table(page: Path, text: str | None) -> None:
-    """Replace what stands between the marks of a Markdown page; None only looks whether they are there."""
-    try:
-        whole = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{page} cannot be read: {error.strerror}.") from None
-    start, end = (whole.find(mark) for mark in MARKS)
-    if start < 0 or end < start:
-        raise RequestError(
-            f"{page} has no place for the table; write {MARKS[0].strip()} and {MARKS[1].strip()}."
-        )
-    if text is not None:
-        page.write_text(f"{whole[:start]}{MARKS[0]}\n{text}\n\n{whole[end:]}", encoding="utf-8")
 
 
 COLUMNS = ("what", "triptych", "diffusers", "ratio", "floor", "above the floor", "outputs differ by")
