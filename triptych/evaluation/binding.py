@@ -7,12 +7,14 @@ pictures of the one when it is told the other says so without drawing anything.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych.data.shapes import Mix, draw_shapes
+from triptych.data.shards import Sample
 from triptych.diffusion.prediction import add_noise, target
 from triptych.diffusion.schedule import Schedule
 from triptych.evaluation.evaluate import Progress, Report
@@ -35,8 +37,7 @@ def evaluate_binding(cascade: Cascade, count: int = 100, progress: Progress | No
     for a network that knows only which words there are. The noise is the same for all three captions.
     Raises CheckpointError for a model that lacks Stage C or an encoder.
     """
-    pairs = different_pairs(count)
-    samples = [draw_shapes(seed, mix=PAIRS) for seed in pairs]
+    samples = different_pairs(count)
     told = {  # the caption that leaves out the background, whose colour may be one of the two
         "right": [sample.captions[1] for sample in samples],
         "forms": [exchange(sample.captions[1], *words(sample.meta, "shape")) for sample in samples],
@@ -64,16 +65,14 @@ def evaluate_binding(cascade: Cascade, count: int = 100, progress: Progress | No
     return Report("binding", measures, rows, {"first_seed": FIRST_SEED, "times": list(TIMES)})
 
 
-def different_pairs(count: int) -> list[int]:
-    """The first seeds of pairs whose objects differ in form and in colour."""
-    found: list[int] = []
-    seed = FIRST_SEED
-    while len(found) < count:
-        meta = draw_shapes(seed, 64, 64, mix=PAIRS).meta
-        if all(len(set(words(meta, kind))) == 2 for kind in ("shape", "colour")):
-            found.append(seed)
-        seed += 1
-    return found
+def different_pairs(count: int) -> list[Sample]:
+    """The first pairs whose objects differ in form and in colour."""
+    drawn = (draw_shapes(seed, mix=PAIRS) for seed in itertools.count(FIRST_SEED))
+    return list(itertools.islice(filter(differs, drawn), count))
+
+
+def differs(pair: Sample) -> bool:
+    return all(len(set(words(pair.meta, kind))) == 2 for kind in ("shape", "colour"))
 
 
 def words(meta: dict[str, Any], kind: str) -> tuple[str, str]:
