@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 
 from triptych import Cascade, Request
 from triptych.errors import CheckpointError, RequestError
+from triptych.images import to_pixels
 from triptych.pipelines.control import Steering
 from triptych.pipelines.inputs import Control, Inputs
+from triptych.pipelines.pictures import encode_semantic
 from triptych.pipelines.request import ControlRequest
 
 QUICK = {"seed": 3, "steps": 4, "decoder_steps": 1}
@@ -96,6 +98,36 @@ def test_pixels_outside_the_hole_are_exactly_the_pictures(cascade, tmp_path):
     mask.paste(255, (20, 30, 60, 55))
     again = cascade.inpaint(picture, "a star", mask=mask, count=2, **QUICK)
     assert np.array_equal(np.asarray(again.images[1]), np.asarray(result.images[1]))
+
+
+def test_latents_outside_the_hole_can_be_held(cascade, photo):
+    """Whatever the sampler they end as those of the picture with the mean colour in its hole."""
+    box = (0, 0, 20, 64)  # the left column of latents
+    pixels = to_pixels([Image.open(photo).convert("RGB")])
+    pixels[..., :20] = pixels[..., 20:].mean((2, 3), keepdim=True)
+    true = encode_semantic(cascade.parts, pixels)
+    assert true.shape[-2:] == (2, 2)
+    for sampler in ("ddpm", "euler", "dpmpp_2m"):
+        asked = {**QUICK, "box": box, "sampler": sampler}
+        held = cascade.inpaint(photo, "a star", control={"hold": True}, **asked).latents_c
+        free = cascade.inpaint(photo, "a star", **asked).latents_c
+        torch.testing.assert_close(held[..., 1], true[..., 1], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(free[..., 1], true[..., 1], atol=0.1)
+        assert not torch.allclose(held[..., 0], true[..., 0], atol=0.1)
+        assert not torch.allclose(held[..., 0], free[..., 0], atol=1e-3)  # drawn beside what is held
+
+
+def test_a_model_may_hold_them_by_itself(cascade, photo):
+    settings = cascade.parts.info("stage_c").settings
+    asked = {**QUICK, "box": (0, 0, 20, 64)}
+    held = cascade.inpaint(photo, "a star", control={"hold": True}, **asked).latents_c
+    settings["hold"] = True
+    try:
+        assert torch.equal(cascade.inpaint(photo, "a star", **asked).latents_c, held)
+        free = cascade.inpaint(photo, "a star", control={"hold": False}, **asked).latents_c
+        assert not torch.equal(free, held)
+    finally:
+        del settings["hold"]
 
 
 def test_what_stands_out_can_be_the_hole(cascade, photo):

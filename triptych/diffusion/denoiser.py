@@ -134,3 +134,13 @@ class Denoiser:
             agreed = torch.zeros(len(cond), dtype=torch.bool, device=cond.device)
         self._agreed = agreed | (difference(cond, uncond) < agreement)
         return torch.where(agreed.view(-1, 1, 1, 1), cond, guided)
+
+
+def hold(found: Denoised, x: Tensor, logsnr: Tensor, known: Tensor, drawn: Tensor) -> Denoised:
+    """The clean estimate is `known` (B,C,H,W) where `drawn` (B,1,H,W) is 0 and the network's where it is 1.
+
+    The noise estimate follows, so that whatever the sampler, x outside ends as `known` and inside is drawn
+    beside it [Wang 2023, DDNM, eq. 13; a mask is its A]. Shapes as in `Denoiser`.
+    """
+    x0, eps = to_x0_eps("x0", x, torch.lerp(known, found.x0, drawn), logsnr)
+    return Denoised(x0, eps, found.prediction)

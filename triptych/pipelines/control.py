@@ -35,9 +35,9 @@ from triptych.errors import CheckpointError, RequestError, nearest
 from triptych.images import to_images, to_pixels
 from triptych.models.controlnet import ControlNet
 from triptych.models.stage_c import StageCConfig
-from triptych.pipelines.inputs import Control, Inputs
+from triptych.pipelines.inputs import Control, Inputs, Known
 from triptych.pipelines.parts import Parts
-from triptych.pipelines.pictures import ENCODER_STRIDE, Brought, Given, bring
+from triptych.pipelines.pictures import ENCODER_STRIDE, Brought, Given, bring, encode_semantic
 from triptych.pipelines.request import ControlRequest, Picture, Request
 from triptych.sizes import fitting_size
 
@@ -127,6 +127,8 @@ def with_controls(inputs: Inputs, parts: Parts, request: Request, brought: Seque
         if control.hint == "inpainting":
             canvas, mask = canvas_and_mask(parts, request, control, brought)
             inputs = replace(inputs, finish=keeping_outside(canvas, mask))
+            if parts.info("stage_c").settings.get("hold", False) if control.hold is None else control.hold:
+                inputs = replace(inputs, known=known_outside(parts, request, canvas, mask))
     return inputs
 
 
@@ -284,6 +286,20 @@ def keeping_outside(canvas: Image.Image, mask: Tensor) -> Callable[[Image.Image,
         return Image.fromarray(blended.round().clip(0, 255).astype(np.uint8))
 
     return finish
+
+
+def known_outside(parts: Parts, request: Request, canvas: Image.Image, mask: Tensor) -> Known:
+    """The semantic latents of `canvas` that no part of `mask` (1,1,H,W) touches.
+
+    The encoder sees the mean colour in the hole: it looks far, and would tell what was there.
+    """
+    height, width = request.base_sides()
+    pixels = to_pixels([canvas.resize((width, height), Image.Resampling.BICUBIC)])
+    hole = F.interpolate(mask, (height, width), mode="nearest")
+    outside = 1 - hole
+    mean = (pixels * outside).sum((2, 3), keepdim=True) / outside.sum((2, 3), keepdim=True).clamp(min=1)
+    latents = encode_semantic(parts, torch.lerp(pixels, mean, hole))
+    return Known(latents.cpu(), F.adaptive_max_pool2d(hole, latents.shape[-2:]))
 
 
 # What a person sees of a hint.

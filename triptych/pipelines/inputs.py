@@ -32,6 +32,14 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Semantic latents (1 or N,16,h,w) that stay as they are where `drawn` (1,1,h,w) is 0 and not 1."""
+
+    latents_c: Tensor
+    drawn: Tensor
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Tensors have one row for all pictures, or one row for each picture of the request.
 
@@ -45,6 +53,7 @@ class Inputs:
     latents_c: Tensor | None = None  # (1 or N,16,h,w) to be decoded as they are
     latents_b: Tensor | None = None  # (1 or N,4,H,W) to be decoded as they are
     controls: tuple[Control, ...] = ()
+    known: Known | None = None  # what Stage C need not draw
     finish: Callable[[Image.Image, Picture], Image.Image] | None = None  # last touch on the finished picture
 
     def latents(self) -> list[tuple[str, Tensor]]:

@@ -130,6 +130,9 @@ class ControlRequest(BaseModel):
     extend: tuple[Extent, Extent, Extent, Extent] | None = Field(
         None, description="Outpainting: pixels added left, above, right, below."
     )
+    hold: bool | None = Field(
+        None, description="Inpainting: latents outside stay the picture's; none: what Stage C's file says."
+    )
     face_model: str | None = Field(None, description="Identity: an ONNX file that reads a face.")
     face_detector: str | None = Field(None, description="Identity: an ONNX file that finds faces.")
 

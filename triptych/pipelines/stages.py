@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from triptych.conditioning.encode import Conditioning, cat, condition
-from triptych.diffusion.denoiser import Denoised, Denoiser, Guidance
+from triptych.diffusion.denoiser import Denoised, Denoiser, Guidance, hold
 from triptych.diffusion.prediction import add_noise
 from triptych.diffusion.samplers import SAMPLERS, Step
 from triptych.diffusion.schedule import Schedule
@@ -23,7 +23,7 @@ from triptych.images import to_images
 from triptych.models.scratch import Scratch, spread
 from triptych.models.stage_c import StageCConfig
 from triptych.pipelines.control import upscaling, with_controls
-from triptych.pipelines.inputs import Control, Inputs, combine, rows
+from triptych.pipelines.inputs import Control, Inputs, Known, combine, rows
 from triptych.pipelines.noise import START, draw_batch
 from triptych.pipelines.parts import Parts
 from triptych.pipelines.pictures import Brought, with_pictures
@@ -195,7 +195,7 @@ class Run:
             yield Event("stage_c", 1, 1, batch.pictures)
             return
         size = self.parts.size_c(*self.request.base_sides())
-        yield from self._draw(batch, "stage_c", size, self.inputs.controls, start)
+        yield from self._draw(batch, "stage_c", size, self.inputs.controls, start, self.inputs.known)
         if self.request.upscale is not None:
             assert batch.latents_c is not None
             controls = (upscaling(self.parts, batch.latents_c),)
@@ -209,6 +209,7 @@ class Run:
         size: tuple[int, int],
         controls: Sequence[Control],
         start: Tensor | None,
+        known: Known | None = None,
     ) -> Iterator[Event]:
         """Latents of `size` by Stage C, from noise of its own for each purpose, or from `start`."""
         cond, uncond = (part.to(self.parts.device, self.parts.dtype) for part in (batch.cond, batch.uncond))
@@ -240,7 +241,7 @@ class Run:
                 most = self.parts.info("stage_c").settings.get("guidance_with_picture", how.guidance)
                 how = replace(how, guidance=min(how.guidance, most))
             acting[:] = combine(controls, 0, how.steps, batch.pictures)
-            for step in self._sample("stage_c", answer, shape, batch, how, start, purpose):
+            for step in self._sample("stage_c", answer, shape, batch, how, start, purpose, known):
                 batch.latents_c = step.x0
                 acting[:] = combine(controls, step.index + 1, step.steps, batch.pictures)
                 previews = self._preview(step.x0) if self.request.preview else None
@@ -309,6 +310,7 @@ class Run:
         how: Sampling,
         start: Tensor | None = None,
         purpose: str | None = None,
+        known: Known | None = None,
     ) -> Iterator[Step]:
         """Run the sampler of one stage from noise, or from `start` noised to the level `how.strength`.
 
@@ -331,7 +333,11 @@ class Run:
 
         def denoise(x: Tensor, logsnr: Tensor, t: float) -> Denoised:
             branches.time = float(schedule.time(logsnr))
-            return denoiser(x, logsnr, t)
+            found = denoiser(x, logsnr, t)
+            if known is None:
+                return found
+            held = rows(known.latents_c, batch.pictures).to(x), known.drawn.to(x)
+            return hold(found, x, logsnr, *held)
 
         if start is not None and how.strength < 1:  # at 1 the little that is left of `start` is left out
             x = add_noise(start, x, logsnrs[0].to(self.parts.device))

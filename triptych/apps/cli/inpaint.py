@@ -39,6 +39,13 @@ def inpaint(
     threshold: Annotated[
         float | None, Option(help="With --salient: how much, from 0 to 1; more makes the part smaller. [0.2]")
     ] = None,
+    hold: Annotated[
+        bool | None,
+        Option(
+            "--hold/--no-hold",
+            help="Latents outside stay the picture's while the rest is drawn. [as the model's file says]",
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     chosen = sum((mask is not None, box is not None, salient))
@@ -48,4 +55,5 @@ def inpaint(
             f"{chosen or 'none'} of them was given."
         )
     level = (0.2 if threshold is None else threshold) if salient else None
-    steer(Asked("inpainting", photo, mask, {"box": parsed_box(box), "salient": level}), prompt, options)
+    own = {"box": parsed_box(box), "salient": level, "hold": hold}
+    steer(Asked("inpainting", photo, mask, own), prompt, options)

@@ -32,6 +32,13 @@ def outpaint(
     right: Annotated[int, Option(min=0, help="Pixels to add on the right.")] = 0,
     top: Annotated[int, Option(min=0, help="Pixels to add above.")] = 0,
     bottom: Annotated[int, Option(min=0, help="Pixels to add below.")] = 0,
+    hold: Annotated[
+        bool | None,
+        Option(
+            "--hold/--no-hold",
+            help="Latents outside stay the picture's while the rest is drawn. [as the model's file says]",
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     sides = (left, top, right, bottom)
@@ -39,4 +46,5 @@ def outpaint(
         raise RequestError(
             "Say how far to go on: --left, --right, --top or --bottom with a number of pixels."
         )
-    steer(Asked("inpainting", photo, None, {"extend": sides if any(sides) else None}), prompt, options)
+    own = {"extend": sides if any(sides) else None, "hold": hold}
+    steer(Asked("inpainting", photo, None, own), prompt, options)
