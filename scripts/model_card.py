@@ -46,8 +46,8 @@ CARD = """
 | shapes, one object: colour and shape right | {shapes_single.right}; colour alone {shapes_single.colours} | shapes |
 | shapes, two objects and their relation | {shapes_pairs.right}; both objects {shapes_pairs.objects}, colours {shapes_pairs.colours} | the same |
 | pairs of colour and shape never trained | {shapes_heldout.right}; colours {shapes_heldout.colours} | the same |
-| loss on pairs at time 0.8, forms exchanged in the caption | {binding.forms at 0.8} higher; colours {binding.colours at 0.8} | binding |
 | background asked for | {shapes_single.background} | the same |
+| loss on pairs at time 0.8, forms exchanged in the caption | {binding.forms at 0.8} higher; colours {binding.colours at 0.8} | binding |
 | icons: concept first of 100 | {icons.first}; among five {icons.top5} | icons |
 | Stage A alone, 100 validation drawings | {reconstruction.a psnr}, SSIM {reconstruction.a ssim}, MobileNetV2 distance {reconstruction.a mobilenet distance} | reconstruction |
 | B and A from true semantic latents | {reconstruction.b+a psnr}, SSIM {reconstruction.b+a ssim}, MobileNetV2 distance {reconstruction.b+a mobilenet distance} | the same |

@@ -330,14 +330,13 @@ class Run:
         told = [float(schedule.time(logsnr)) for logsnr in logsnrs[:-1]]
         branches = Branches(answer, self.parts.speed, told, how.reuse)
         denoiser = Denoiser(branches, schedule, settings["prediction"], guidance)
+        if known is not None:
+            held = rows(known.latents_c, batch.pictures).to(x), known.drawn.to(x)
 
         def denoise(x: Tensor, logsnr: Tensor, t: float) -> Denoised:
             branches.time = float(schedule.time(logsnr))
             found = denoiser(x, logsnr, t)
-            if known is None:
-                return found
-            held = rows(known.latents_c, batch.pictures).to(x), known.drawn.to(x)
-            return hold(found, x, logsnr, *held)
+            return found if known is None else hold(found, x, logsnr, *held)
 
         if start is not None and how.strength < 1:  # at 1 the little that is left of `start` is left out
             x = add_noise(start, x, logsnrs[0].to(self.parts.device))

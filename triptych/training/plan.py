@@ -7,7 +7,6 @@ Networks are built without values; what the forward and backward pass keep is co
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from triptych.conditioning.towers import weight_file
 from triptych.models.controlnet import ControlNet
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
+from triptych.pipelines.needs import need_of
 from triptych.training.adamw8bit import BLOCK, CHUNK, SMALLEST
 from triptych.training.checkpointing import is_matrix
 from triptych.training.config import RunSettings
@@ -42,7 +42,6 @@ from triptych.training.start import following_init, network_config
 STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}  # bytes a number of a matrix
 UPDATE_COPIES = {"adafactor": 4, "adamw8bit": 1, "muon": 6}  # of the largest weight, float32
 TEXT_TOKENS = 77
-LAYER = re.compile(r"\blayers\.\d+\.")  # the unit in which a tower's weights come from its file
 Network = TypeVar("Network", bound=nn.Module)
 CAPTION_BYTES = 2**16  # of an embedded caption in a batch
 
@@ -225,8 +224,9 @@ def frozen_bytes(settings: RunSettings) -> int:
         return 0
     text = STORED[settings.lora.base] if settings.recipe == "lora" else WIDE
     apart = settings.parts.offload
-    if published(settings) is not None:
-        return int((TOWER_AT_ONCE if apart else TOWER_PARAMETERS)["text_encoder"] * text)
+    named = published(settings)
+    if named is not None:
+        return int(part_numbers("text_encoder", named, apart) * text)
     source: Any = find_model(settings.lora.model) if settings.recipe == "lora" else settings.parts
     total = 0.0
     for part in frozen_parts(settings):
@@ -267,13 +267,9 @@ def numbers_in(path: Path) -> int:
 
 def numbers_at_once(path: Path) -> int:
     """Numbers outside of a tower's layers, and in the largest layer."""
-    layers: dict[str, int] = {}
-    for name, entry in read_header(path).entries.items():
-        found = LAYER.search(name)
-        layer = found.group() if found else ""
-        layers[layer] = layers.get(layer, 0) + math.prod(entry.shape)
-    outside = layers.pop("", 0)
-    return outside + max(layers.values(), default=0)
+    shapes = {name: entry.shape for name, entry in read_header(path).entries.items()}
+    need = need_of("tower", shapes, WIDE, working=0)
+    return need.rest + need.block
 
 
 def loader_bytes(settings: RunSettings) -> int:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 CONTROL_HELP = (
     "A further control, KIND=PICTURE or FILE=PICTURE, then perhaps ,weight=0.5,start=0,end=0.6; repeatable."
 )
+Hold = Annotated[
+    bool | None,
+    Option(
+        "--hold/--no-hold",
+        help="Latents outside stay the picture's while the rest is drawn. [as the model's file says]",
+    ),
+]
 FIELDS = {
     "control_weight": "weight",
     "control_start": "begin",

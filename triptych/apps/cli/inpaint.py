@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from triptych.apps.cli.controlling import Asked, control_options, parsed_box, steer
+from triptych.apps.cli.controlling import Asked, Hold, control_options, parsed_box, steer
 from triptych.apps.cli.options import picture_options
 from triptych.errors import RequestError
 
@@ -39,13 +39,7 @@ def inpaint(
     threshold: Annotated[
         float | None, Option(help="With --salient: how much, from 0 to 1; more makes the part smaller. [0.2]")
     ] = None,
-    hold: Annotated[
-        bool | None,
-        Option(
-            "--hold/--no-hold",
-            help="Latents outside stay the picture's while the rest is drawn. [as the model's file says]",
-        ),
-    ] = None,
+    hold: Hold = None,
     **options: Any,
 ) -> None:
     chosen = sum((mask is not None, box is not None, salient))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from triptych.apps.cli.controlling import Asked, control_options, steer
+from triptych.apps.cli.controlling import Asked, Hold, control_options, steer
 from triptych.apps.cli.options import picture_options
 from triptych.errors import RequestError
 
@@ -32,13 +32,7 @@ def outpaint(
     right: Annotated[int, Option(min=0, help="Pixels to add on the right.")] = 0,
     top: Annotated[int, Option(min=0, help="Pixels to add above.")] = 0,
     bottom: Annotated[int, Option(min=0, help="Pixels to add below.")] = 0,
-    hold: Annotated[
-        bool | None,
-        Option(
-            "--hold/--no-hold",
-            help="Latents outside stay the picture's while the rest is drawn. [as the model's file says]",
-        ),
-    ] = None,
+    hold: Hold = None,
     **options: Any,
 ) -> None:
     sides = (left, top, right, bottom)
