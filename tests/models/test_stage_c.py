@@ -12,7 +12,8 @@ from triptych.checkpoints.diffusers_config import model_config
 from triptych.checkpoints.files import PartInfo, write_part
 from triptych.checkpoints.load import config_fields, load_part
 from triptych.errors import CheckpointError
-from triptych.models.stage_c import STAGE_C, StageC, embed_positions
+from triptych.models.scratch import Scratch
+from triptych.models.stage_c import STAGE_C, StageC, at_size, embed_positions
 
 MODULATED = dataclasses.replace(STAGE_C["tiny"], pooled_modulation=True)
 
@@ -85,6 +86,52 @@ def test_positions_are_the_same_at_the_borders_of_every_size_and_differ_everywhe
     assert (small[0, 0] - large[8, 8]).abs().max() < 0.1  # the middle of the first latent of four
 
 
+GUESSING = dataclasses.replace(STAGE_C["tiny"], guess=24)
+
+
+def test_a_fresh_guess_changes_nothing_and_a_trained_one_follows_the_pooled_text() -> None:
+    plain, guessing = randomised(StageC(STAGE_C["tiny"])), StageC(GUESSING)
+    missing = guessing.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"guess", "guess_mapper"}
+    pooled = torch.randn(2, 384)
+    assert torch.equal(answer(guessing, pooled), answer(plain, pooled))
+    torch.nn.init.normal_(guessing.guess_mapper.weight)
+    with torch.no_grad():
+        plain.clip_txt_pooled_mapper.weight.zero_()  # the only other way of the pooled text
+        guessing.clip_txt_pooled_mapper.weight.zero_()
+    told = answer(guessing, pooled) - answer(plain, pooled)
+    assert (told[0] - told[1]).abs().max() > 1e-3
+
+
+def test_a_guess_is_scaled_to_maps_of_other_sizes() -> None:
+    guessed = torch.arange(64.0).view(1, 1, 8, 8)
+    assert at_size(guessed, (8, 8)) is guessed
+    doubled = at_size(guessed, (16, 12))
+    assert doubled.shape == (1, 1, 16, 12)
+    assert doubled.mean().item() == pytest.approx(guessed.mean().item(), abs=0.05)
+
+
+def test_a_guess_is_made_once_for_all_steps_of_a_picture() -> None:
+    network, pooled = randomised(StageC(GUESSING)).eval(), torch.randn(2, 384)
+    made = []
+    network.guess.register_forward_hook(lambda *call: made.append(call))
+    scratch = Scratch(times=(0.9, 0.4))
+    with torch.no_grad():
+        for row, t in enumerate(scratch.times):
+            scratch.row = row
+            x = torch.randn(1, 16, 4, 6)
+            hidden = torch.randn(2, 5, 384, generator=torch.Generator().manual_seed(0))
+            both = network(x, torch.tensor([t]), hidden, pooled, scratch=scratch)
+            alone = network(x, torch.tensor([t]), hidden[1:], pooled[1:])
+            assert torch.allclose(both[1:], alone, atol=1e-5)  # guidance: one map, two conditions
+    assert len(made) == 1 + 2  # once with the scratch, each time without
+
+
 def test_diffusers_cannot_express_positions() -> None:
     with pytest.raises(CheckpointError, match="positions"):
         model_config("stage_c", PLACED)
+
+
+def test_diffusers_cannot_express_a_guess() -> None:
+    with pytest.raises(CheckpointError, match="guess"):
+        model_config("stage_c", GUESSING)

@@ -112,3 +112,16 @@ def test_the_same_run_with_and_without_a_cache_is_told_the_same(model: Path, tmp
     train(settings(model, tmp_path / "cached", 3, captions=6, cache=str(tmp_path / "cache")))
     live, cached = (logged(tmp_path / name, "stage_c.grounding") for name in ("live", "cached"))
     assert live == pytest.approx(cached, rel=1e-2)  # a cache rounds latents to float16
+
+
+def test_a_guess_learns_from_its_own_error(model: Path, tmp_path: Path) -> None:
+    def guessed(name: str, weight: float) -> list[float]:
+        given = settings(model, tmp_path / name, 40).model_dump()
+        given["network"]["guess"] = 32
+        given["diffusion"] |= {"guess": weight, "drop_text": 0.0}
+        train(check_settings(given, "test"))
+        return logged(tmp_path / name, "stage_c.guess")
+
+    learning, left = guessed("learning", 1.0), guessed("left", 0.0)
+    assert sum(learning[-5:]) < 0.8 * sum(learning[:5])
+    assert sum(left[-5:]) > 0.9 * sum(left[:5])  # the blocks alone ask little of it

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from triptych.training.muon import Muon, is_matrix, orthogonalize
+from triptych.training.muon import Muon, is_matrix, leave_to_adamw, orthogonalize
 from triptych.training.optim import OptimSettings, build_optimizer
 
 
@@ -101,3 +101,13 @@ def test_a_restored_state_goes_on_exactly() -> None:
     take_steps(again, resumed, 3, 6)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert p.equal(q)
+
+
+def test_a_module_left_to_adamw_moves_as_under_adamw() -> None:
+    left, other = network(), network()
+    leave_to_adamw(left)
+    settings = OptimSettings(kind="muon", lr=1e-3)
+    take_steps(left, build_optimizer(left.parameters(), settings), 0, 3)
+    take_steps(other, build_optimizer(other.parameters(), settings.model_copy(update={"kind": "adamw"})), 0, 3)
+    for ours, theirs in zip(left.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -109,10 +109,10 @@ def _unet(config: Any) -> dict[str, Any]:
 
 
 def _stage_c(config: Any) -> dict[str, Any]:
-    if config.pooled_modulation or config.positions:
+    if config.pooled_modulation or config.positions or config.guess:
         raise CheckpointError(
             "diffusers has no Stage C whose time blocks see the pooled text, or whose positions are told "
-            "where they are, as this one's."
+            "where they are or what the text lets guess, as this one's."
         )
     return {
         "clip_image_in_channels": config.image_width,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from triptych.errors import CapacityError, CheckpointError
 from triptych.models.lora import merge, merged, set_weight
 from triptych.pipelines.adapters import ADAPTED, Adapters, Wardrobe, split_scale, stack
 from triptych.pipelines.capacity import Plan
+from triptych.pipelines.heap import return_memory
 from triptych.pipelines.placement import Placement, Weights, place
 from triptych.pipelines.speed import Speed
 from triptych.pipelines.tiles import Tile
@@ -231,17 +231,6 @@ class Parts:
             f"{part} of {self.files.name} computed numbers that are not finite in {self.dtype}, although its "
             "weights are; try --dtype float32."
         )
-
-
-def return_memory(device: torch.device) -> None:
-    """Hand memory that was freed back to the system; allocators keep it until they are told not to."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
-    else:
-        with suppress(OSError, AttributeError):  # other systems than glibc's have no such call
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def token_width(shapes: Mapping[str, tuple[int, ...]]) -> int:

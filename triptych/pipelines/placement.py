@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from triptych.checkpoints.int8 import narrow_matrix
 from triptych.errors import RequestError
+from triptych.pipelines.heap import keep_heap_small
 
 Weights = Literal["resident", "narrow", "int8", "streamed"]
 
@@ -116,6 +117,7 @@ def place(module: nn.Module, placement: Placement) -> nn.Module:
     module.eval().requires_grad_(False)
     if placement.weights == "resident":
         return _to_memory(module, placement)
+    keep_heap_small(placement.device)
     blocks = list(blocks_of(module))
     inside = {id(tensor) for block in blocks for tensor in _tensors_of(block)}
     for name, owner, tensor in _slots(module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.checkpoints.int8 import LARGEST
+from triptych.pipelines.heap import keep_heap_small
 from triptych.pipelines.placement import blocks_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def build_network(
 
 def checkpoint_blocks(network: nn.Module) -> None:
     """Recompute every block in the backward pass: the same gradients, bit for bit, for a third more time."""
+    for device in {parameter.device for parameter in network.parameters()}:
+        keep_heap_small(device)
     for block in blocks_of(network):
         block.forward = partial(_recomputed, block.forward)
 

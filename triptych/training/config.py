@@ -130,6 +130,9 @@ class DiffusionSettings(Settings):
         0.0, ge=0,
         description="Stage C: weight of naming what stands where, on drawn shapes, from inside the network",
     )  # fmt: skip
+    guess: float = Field(
+        1.0, ge=0, description="Stage C: weight of its guess's own error, where the network has one"
+    )
     image_from_text: bool = Field(
         False, description="without an image encoder: the caption's vector stands in"
     )

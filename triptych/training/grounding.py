@@ -62,16 +62,21 @@ class Grounding(nn.Module):
         return self.name(norm_last(channels_last(x))).movedim(-1, 1)
 
 
-class Middle:
-    """What the deepest level of a trunk hands to the way up in its last run: `map` (B, C, h, w)."""
+class Answer:
+    """What a module answered in its last run: `map`."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.map: Tensor | None = None
-        deepest: Any = trunk.down_blocks[-1]
-        deepest[-1].register_forward_hook(self._keep)
+        module.register_forward_hook(self._keep)
 
-    def _keep(self, block: nn.Module, given: Any, answer: Tensor) -> None:
+    def _keep(self, module: nn.Module, given: Any, answer: Tensor) -> None:
         self.map = answer
+
+
+def middle_of(trunk: Trunk) -> Answer:
+    """What the deepest level hands to the way up, (B, C, h, w)."""
+    deepest: Any = trunk.down_blocks[-1]
+    return Answer(deepest[-1])
 
 
 def grounding_loss(named: Tensor, objects: Tensor) -> Tensor:

@@ -97,8 +97,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_matrix(p: Tensor) -> bool:
-    """Whether Muon moves it: at least 32 rows and columns, a convolution counting as out x (in * kernel)."""
-    return p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= SMALLEST_SIDE
+    """Whether Muon moves it: at least 32 rows and columns, a convolution counting as out x (in * kernel); and
+    nobody left it to AdamW."""
+    wide = p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= SMALLEST_SIDE
+    return wide and not getattr(p, "adamw", False)
+
+
+def leave_to_adamw(module: nn.Module) -> None:
+    """Have AdamW move the matrices of a module. Wide ones that run once a sample, say, take less time to run
+    than to be made orthogonal."""
+    for parameter in module.parameters():
+        parameter.adamw = True  # type: ignore[attr-defined]
 
 
 def batches(matrices: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -37,7 +37,7 @@ from triptych.models.semantic import (
     SemanticEncoder,
 )
 from triptych.models.stage_b import STAGE_B, StageB
-from triptych.models.stage_c import STAGE_C, StageC
+from triptych.models.stage_c import STAGE_C, StageC, at_size
 from triptych.training.cache import Cache, open_cache, stack_known
 from triptych.training.checkpointing import build_network
 from triptych.training.config import DiffusionSettings, RunSettings
@@ -51,8 +51,9 @@ from triptych.training.encoders import (
     part_path,
     shrink_mask,
 )
-from triptych.training.grounding import UNKNOWN, Grounding, Middle, grounding_loss, object_map
+from triptych.training.grounding import UNKNOWN, Answer, Grounding, grounding_loss, middle_of, object_map
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
+from triptych.training.muon import leave_to_adamw
 from triptych.training.processes import total
 from triptych.training.sources import Pictures
 from triptych.training.start import LATENT, following_init, network_config, trained_info
@@ -213,10 +214,14 @@ def diffusion_task(
     adaptive = AdaptiveWeight()
     loss_of = stage_b_loss if is_b else stage_c_loss
     grounding = 0.0 if is_b else settings.diffusion.grounding
+    guesses = not is_b and config.guess > 0
     helpers: dict[str, nn.Module] = {}
     if grounding:
-        middle = Middle(network)
+        middle = middle_of(network)
         helpers["grounding"] = Grounding(config.widths[-1]).to(device)
+    if guesses:
+        guess = Answer(network.guess)
+        leave_to_adamw(network.guess)
 
     def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
         if cache is None:
@@ -246,6 +251,13 @@ def diffusion_task(
             named = grounding_loss(helpers["grounding"](middle.map), encoded.objects.to(device))
             losses.total = losses.total + grounding * named
             losses.terms["grounding"] = named.detach()
+        if guesses:
+            assert guess.map is not None
+            wanted = encoded.latents_c.to(device)
+            weigh = masked(encoded.mask, wanted, settings.diffusion) if settings.diffusion.masked else None
+            missed = per_sample_loss(at_size(guess.map, wanted.shape[-2:]), wanted, weigh).mean()
+            losses.total = losses.total + settings.diffusion.guess * missed
+            losses.terms["guess"] = missed.detach()
         return losses
 
     @torch.no_grad()
