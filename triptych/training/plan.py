@@ -17,6 +17,7 @@ from torch import nn
 
 from triptych.checkpoints.catalog import (
     PUBLISHED,
+    PUBLISHED_SETTINGS,
     SHARED_FILES,
     TOWER_AT_ONCE,
     TOWER_PARAMETERS,
@@ -37,7 +38,7 @@ from triptych.training.footprint import WIDE, backward_peak, trace
 from triptych.training.muon import TOGETHER
 from triptych.training.muon import is_matrix as by_muon
 from triptych.training.plan_pixels import PIXEL_RECIPES, control_step, pixel_step
-from triptych.training.start import following_init, network_config
+from triptych.training.start import following_init, network_config, sized_for
 
 STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}  # bytes a number of a matrix
 UPDATE_COPIES = {"adafactor": 4, "adamw8bit": 1, "muon": 6}  # of the largest weight, float32
@@ -59,8 +60,11 @@ class MemoryPlan:
 
 def plan_memory(settings: RunSettings) -> MemoryPlan:
     """What a run of any recipe will take."""
-    if published(settings) is None:  # else nothing is downloaded for a plan
+    if published(settings) is None:
         settings = following_init(settings)
+    elif settings.recipe in ("lora", "stage_b", "stage_c"):  # likewise; nothing is downloaded for a plan
+        data = sized_for(settings.data, PUBLISHED_SETTINGS["stage_c"])
+        settings = settings.model_copy(update={"data": data})
     networks, helpers, maps, gradients = fullest_step(settings)
     trained = [p for network in networks for p in network.parameters() if p.requires_grad]
     learned = [*trained, *(p for network in helpers for p in network.parameters())]
