@@ -108,6 +108,8 @@ def test_a_module_left_to_adamw_moves_as_under_adamw() -> None:
     leave_to_adamw(left)
     settings = OptimSettings(kind="muon", lr=1e-3)
     take_steps(left, build_optimizer(left.parameters(), settings), 0, 3)
-    take_steps(other, build_optimizer(other.parameters(), settings.model_copy(update={"kind": "adamw"})), 0, 3)
+    take_steps(
+        other, build_optimizer(other.parameters(), settings.model_copy(update={"kind": "adamw"})), 0, 3
+    )
     for ours, theirs in zip(left.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)

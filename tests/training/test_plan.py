@@ -108,6 +108,7 @@ def test_towers_left_in_their_files_count_a_layer(tmp_path: Path) -> None:
 )
 def test_a_lora_at_1024_fits_a_smaller_one(tmp_path: Path, model: str, base: str, limit: int) -> None:
     pytest.importorskip("peft")
+
     def planned(**data: int) -> int:
         settings = run_settings(
             tmp_path, recipe="lora", name="dog", batch=1, checkpointing=True, size="tiny", network={},

@@ -240,16 +240,16 @@ def shown_progress() -> Iterator[Callable[[Progress], None]]:
 
 
 class Lines:
-    """One line on standard error every half minute, with the time left."""
+    """One line on standard error every half minute, with the time left of what goes on."""
 
     def __init__(self) -> None:
         self.started = self.last = time.monotonic()
-        self.first: int | None = None
+        self.what, self.first = "", 0
 
     def __call__(self, event: Progress) -> None:
         now = time.monotonic()
-        if self.first is None:
-            self.first = event.step
+        if event.what != self.what:
+            self.what, self.first, self.started = event.what, event.step, now
         if now - self.last < QUIET_SECONDS and event.step != event.steps:
             return
         self.last = now
