@@ -7,11 +7,11 @@
 
 Weights are random, in files of the published layout and of bfloat16, written into --folder unless they are
 there already (7 GB for the larger pair). Memory is what the process has that no file backs (RssAnon), sampled
-every few milliseconds, over what it had before the first weight was there; pages of the mapped files are
-told apart. --weights: exact (whatever fits --limit without rounding), narrow, int8 or streamed. With --limit
-the exit status is 1 when the peak is above it. --decode runs Stage A alone, in the tiles that fit the limit
-and then whole, and tells how far apart the two pictures are beside the tiles' edges and elsewhere. --errors
-prints how far int8 networks are from exact ones.
+every few milliseconds, over what it had before the first weight was there; pages of mapped files, over those
+of then, are told apart. --weights: exact (whatever fits --limit without rounding), narrow, int8 or streamed.
+With --limit the exit status is 1 when the peak is above it. --decode runs Stage A alone, in tiles that fit
+the limit and then whole, and tells how far apart the two pictures are beside the tiles' edges and elsewhere.
+--errors prints how far int8 networks are from exact ones.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sampler import Sampler
 from torch import Tensor, nn
 
 from triptych import Cascade
@@ -42,7 +41,7 @@ from triptych.conditioning.encode import Conditioning
 from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
-from triptych.pipelines.capacity import KEPT_SHARE, TRUNKS, Plan, peak, private_memory, room_on
+from triptych.pipelines.capacity import KEPT_SHARE, TRUNKS, Plan, peak, room_on
 from triptych.pipelines.inputs import NOTHING
 from triptych.pipelines.needs import Need
 from triptych.pipelines.parts import Parts
@@ -56,7 +55,6 @@ from triptych.sizes import latent_size_b
 STAGES = ("stage_c", "stage_b", "stage_a")
 POOL = 2**22  # random numbers, dealt out again and again
 TOKENS = 77
-SAMPLE_SECONDS = 0.004
 MIB = 2**20
 
 
@@ -106,34 +104,6 @@ def write_pair(pair: str, folder: Path) -> ModelFiles:
                 network = build(config)
             write_tensors(paths[part], RandomWeights(network, part, dtype))
     return ModelFiles(pair, **paths, text_encoder=Path(), tokenizer=None)
-
-
-class Sampler:
-    """The most that no file backs, and the most that files back, since the last `reset`."""
-
-    def __init__(self) -> None:
-        self.base = private_memory()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.reset()
-        self._thread.start()
-
-    def reset(self) -> None:
-        self.private = self.mapped = 0
-
-    def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            said = Path("/proc/self/status").read_text()
-            anonymous, files = (
-                int(re.search(rf"^{name}:\s+(\d+)", said, re.M)[1]) * 1024  # type: ignore[index]
-                for name in ("RssAnon", "RssFile")
-            )
-            self.private = max(self.private, anonymous - self.base)
-            self.mapped = max(self.mapped, files)
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 def plan_for(needs: list[Need], weights: str, room: int) -> Plan:

@@ -17,14 +17,12 @@ import argparse
 import ctypes
 import dataclasses
 import gc
-import re
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from sampler import Sampler
 from torch import Tensor, nn
 
 from triptych.models.stage_c import STAGE_C, StageC
@@ -39,35 +37,6 @@ from triptych.training.plan import optimizer_bytes, step_inputs, weight_bytes
 
 GIB = 2**30
 FULL = {"recipe": "stage_c", "optim": {"fused_backward": True, "clip_by": "layer", "kind": "adafactor"}}
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: RssAnon is private, RssFile are pages of mapped files."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-class Peaks:
-    """The most private and mapped memory above the start, watched from a thread until `stop`."""
-
-    def __init__(self) -> None:
-        self.start = {field: memory(field) for field in ("RssAnon", "RssFile")}
-        self.most = dict.fromkeys(self.start, 0)
-        self.going = False
-
-    def watch(self) -> None:
-        self.going = True
-        self.thread = threading.Thread(target=self._look)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.going = False
-        self.thread.join()
-
-    def _look(self) -> None:
-        while self.going:
-            for field, start in self.start.items():
-                self.most[field] = max(self.most[field], memory(field) - start)
-            time.sleep(0.01)
 
 
 def settings_of(lora: str | None) -> RunSettings:
@@ -153,24 +122,23 @@ def main() -> None:
     settings = settings_of(given.lora)
     expected, inputs = planned(settings, config)
     warm_up(settings)
-    peaks = Peaks()
+    sampler = Sampler()
     network = random_network(config).train()
     step = (lora_step if given.lora else full_step)(network, settings)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # int8: a real run narrows each matrix from the mapped file
     told = {name: torch.rand(tensor.shape) for name, tensor in inputs.items()}
-    peaks.watch()
+    sampler.reset()
     begun = time.monotonic()
     try:
         step(lambda: (network(**told) - told["x"]).square().mean())
     finally:
-        peaks.stop()
+        sampler.close()
     seconds = time.monotonic() - begun
     billions = sum(p.numel() for p in network.parameters()) / 1e9
     print(f"Stage C {given.size}, {billions:.2f} billion weights, 24 x 24 latents, batch {len(told['x'])}")
-    most = peaks.most
-    print(f"planned {expected / GIB:.2f} GiB, measured {most['RssAnon'] / GIB:.2f} GiB private at most")
-    print(f"and {most['RssFile'] / GIB:.2f} GiB of mapped files; {seconds:.0f} s")
+    print(f"planned {expected / GIB:.2f} GiB, measured {sampler.private / GIB:.2f} GiB private at most")
+    print(f"and {sampler.mapped / GIB:.2f} GiB of mapped files; {seconds:.0f} s")
 
 
 if __name__ == "__main__":
