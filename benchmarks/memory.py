@@ -11,7 +11,7 @@ every few milliseconds, over what it had before the first weight was there; page
 of then, are told apart. --weights: exact (whatever fits --limit without rounding), narrow, int8 or streamed.
 With --limit the exit status is 1 when the peak is above it. --decode runs Stage A alone, in tiles that fit
 the limit and then whole, and tells how far apart the two pictures are beside the tiles' edges and elsewhere.
---errors prints how far int8 networks are from exact ones.
+--errors prints how far int8 networks are from exact ones, and how far int4 would be, which is not offered.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from triptych.pipelines.capacity import KEPT_SHARE, TRUNKS, Plan, peak, room_on
 from triptych.pipelines.inputs import NOTHING
 from triptych.pipelines.needs import Need
 from triptych.pipelines.parts import Parts
-from triptych.pipelines.placement import Placement, Weights, place
+from triptych.pipelines.placement import Placement, Weights, blocks_of, place
 from triptych.pipelines.planning import needs_of, plan
 from triptych.pipelines.request import Request
 from triptych.pipelines.stages import Batch, Run
@@ -55,6 +55,7 @@ from triptych.sizes import latent_size_b
 STAGES = ("stage_c", "stage_b", "stage_a")
 POOL = 2**22  # random numbers, dealt out again and again
 TOKENS = 77
+GROUP = 64  # weights that share a scale in int4
 MIB = 2**20
 
 
@@ -205,28 +206,43 @@ def random_batch(parts: Parts, request: Request) -> Batch:
     return Batch(request.pictures(), *told)
 
 
-def int8_errors(files: ModelFiles) -> dict[str, float]:
-    """Relative error of the prediction of Stages C and B with int8 weights, on random inputs."""
+def rounding_errors(files: ModelFiles) -> dict[str, dict[str, float]]:
+    """Relative error of the prediction of Stages C and B with rounded weights, on random inputs."""
     found = {}
     for part in TRUNKS:
-        answers = []
-        for weights in ("streamed", "int8"):
-            network, info = load_part(getattr(files, part), part, finite=False)
-            place(network, Placement(torch.device("cpu"), torch.float32, weights))  # type: ignore[arg-type]
-            draw, config = torch.Generator().manual_seed(2), info.config
-            pooled = torch.randn(1, 1, config["pooled_width"], generator=draw)
-            if part == "stage_c":
-                x = torch.randn(1, config["channels"], 8, 8, generator=draw)
-                rest = (torch.randn(1, TOKENS, config["text_width"], generator=draw), pooled)
-            else:
-                x = torch.randn(1, config["channels"], 64, 64, generator=draw)
-                rest = (torch.randn(1, config["semantic_channels"], 8, 8, generator=draw), pooled)
-            with torch.no_grad():
-                answers.append(network(x, torch.tensor([0.5]), *rest))
-            del network
-        exact, rounded = answers
-        found[part] = float((exact - rounded).norm() / exact.norm())
+        exact = answer_of(files, part, "exact")
+        rounded = {name: answer_of(files, part, name) for name in ("int8", "int4")}
+        found[part] = {name: float((exact - got).norm() / exact.norm()) for name, got in rounded.items()}
     return found
+
+
+def answer_of(files: ModelFiles, part: str, weights: str) -> Tensor:
+    """The prediction of a network with exact, int8 or int4 weights."""
+    network, info = load_part(getattr(files, part), part, finite=False)
+    if weights == "int4":
+        for block in blocks_of(network):
+            for name, parameter in block.named_parameters():
+                if parameter.ndim == 2 and parameter.shape[1] % GROUP == 0:
+                    holder = block.get_submodule(name.rpartition(".")[0])
+                    setattr(holder, name.rpartition(".")[2], nn.Parameter(to_int4(parameter)))
+    place(network, Placement(torch.device("cpu"), torch.float32, "int8" if weights == "int8" else "streamed"))
+    draw, config = torch.Generator().manual_seed(2), info.config
+    pooled = torch.randn(1, 1, config["pooled_width"], generator=draw)
+    if part == "stage_c":
+        x = torch.randn(1, config["channels"], 8, 8, generator=draw)
+        rest = (torch.randn(1, TOKENS, config["text_width"], generator=draw), pooled)
+    else:
+        x = torch.randn(1, config["channels"], 64, 64, generator=draw)
+        rest = (torch.randn(1, config["semantic_channels"], 8, 8, generator=draw), pooled)
+    with torch.no_grad():
+        return network(x, torch.tensor([0.5]), *rest)
+
+
+def to_int4(matrix: Tensor) -> Tensor:
+    """A matrix as numbers -7 to 7 with a scale for every GROUP of a row would give it back."""
+    groups = matrix.detach().float().view(len(matrix), -1, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 7
+    return ((groups / scale).round() * scale).view_as(matrix).to(matrix.dtype)
 
 
 @contextmanager
@@ -256,8 +272,8 @@ def main() -> int:
     )  # fmt: skip
     with folder_or_temporary(given.folder) as folder:
         if given.errors:
-            errors = {"mini": int8_errors(Cascade.load("mini").files)}
-            errors[given.pair] = int8_errors(write_pair(given.pair, folder))
+            errors = {"mini": rounding_errors(Cascade.load("mini").files)}
+            errors[given.pair] = rounding_errors(write_pair(given.pair, folder))
             print(json.dumps(errors, indent=1))
             return 0
         files = write_pair(given.pair, folder)
