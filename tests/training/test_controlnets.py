@@ -10,9 +10,11 @@ import torch
 
 from triptych.checkpoints.files import read_tensors
 from triptych.checkpoints.load import load_part
+from triptych.data.batches import BatchPlan
 from triptych.errors import SettingsError
 from triptych.training.config import RunSettings, read_settings
 from triptych.training.loop import Progress, train
+from triptych.training.sources import Pictures
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 
@@ -80,8 +82,10 @@ def test_it_learns_one_batch_and_its_batch_norms_stay(tmp_path: Path) -> None:
     assert torch.equal(trained[mean].float(), encoder[mean].float())
 
 
-def test_cached_latents_give_the_same_losses(tmp_path: Path) -> None:
-    changes = ("steps=2", "log_every=1", "sample_every=99", "data.random_crop=false", "diffusion.weight=p2")
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_cached_latents_give_the_same_losses(share: float, tmp_path: Path) -> None:
+    changes = ("steps=2", "log_every=1", "sample_every=99", "data.random_crop=false", "diffusion.weight=p2",
+               f"control.other_caption={share}")  # fmt: skip
     train(settings(tmp_path / "live", *changes))
     train(settings(tmp_path / "cached", *changes, f"data.cache={tmp_path}/cache"))
     losses = [
@@ -108,3 +112,18 @@ def test_cached_latents_give_the_same_losses(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_has_its_sentence(change: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=said.replace("[", r"\[")):
         train(settings(tmp_path, change))
+
+
+@pytest.mark.parametrize(("share", "others"), [(0.0, 0), (0.5, 40), (1.0, 80)])
+def test_a_share_of_pictures_is_told_the_caption_of_another(
+    share: float, others: int, tmp_path: Path
+) -> None:
+    pictures = Pictures(settings(tmp_path, f"control.other_caption={share}"))
+    told = 0
+    for step in range(10):
+        plan = BatchPlan(step, 0, 0, tuple(range(8)), 8 * step)
+        for place in range(8):
+            sample = pictures.told_of(plan, place)
+            assert sample in (place, (place + 1) % 8)
+            told += sample != place
+    assert abs(told - others) <= 15 * (0 < share < 1)

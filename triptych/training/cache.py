@@ -45,8 +45,11 @@ class Cache:
         empty_hidden, self.empty_pooled = text.encode([""])
         self.empty_hidden = empty_hidden[0]
 
-    def read(self, samples: Sequence[int], captions: Sequence[int]) -> Encoded:
-        """The batch of these samples, each with the caption of that number, -1 for the empty caption."""
+    def read(
+        self, samples: Sequence[int], captions: Sequence[int], told: Sequence[int] | None = None
+    ) -> Encoded:
+        """The batch of these samples, each with the caption of that number, -1 for the empty caption; of the
+        samples `told` if captions of others are wanted."""
         latents_b = image = None
         latents_c = self.stack("c", samples)
         if f"b.{samples[0]}" in self.tensors:
@@ -54,7 +57,7 @@ class Cache:
         if f"i.{samples[0]}" in self.tensors:
             image = self.stack("i", samples)
         hidden, pooled = [], []
-        for sample, caption in zip(samples, captions, strict=True):
+        for sample, caption in zip(told or samples, captions, strict=True):
             if caption < 0:
                 hidden.append(self.empty_hidden)
                 pooled.append(self.empty_pooled[0])

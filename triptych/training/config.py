@@ -150,6 +150,9 @@ class ControlSettings(Settings):
 
     hint: str = Field("canny", description="kind of hint, such as canny, inpainting, super_resolution")
     pretrained: bool = Field(True, description="its EfficientNet begins as the semantic encoder's")
+    other_caption: float = Field(
+        0.0, ge=0, le=1, description="share of samples told another picture's caption: the hint outranks it"
+    )
     box_share: float = Field(0.0, ge=0, le=1, description="inpainting: share of masks that are boxes")
     shrink: Literal["nearest", "area"] = Field(
         "nearest", description="super-resolution: how pictures are made small; nearest as published"

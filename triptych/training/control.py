@@ -68,15 +68,19 @@ def controlnet_task(
 
     def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
         batch = pictures.load(plan, places)
-        encoded = None
-        if cache is not None:
-            samples = [plan.samples[place] for place in places]
-            numbers = [
-                pictures.caption_number(plan, place, cache.captions[sample])
-                for place, sample in zip(places, samples, strict=True)
+        told = [pictures.told_of(plan, place) for place in places]
+        if cache is None:
+            captions = [
+                pictures.caption(plan, place, pictures.source.captions(sample))
+                for place, sample in zip(places, told, strict=True)
             ]
-            encoded = cache.read(samples, numbers)
-        return DiffusionBatch(plan, places, batch, pictures.captions(batch), encoded)
+            return DiffusionBatch(plan, places, batch, captions)
+        numbers = [
+            pictures.caption_number(plan, place, cache.captions[sample])
+            for place, sample in zip(places, told, strict=True)
+        ]
+        encoded = cache.read([plan.samples[place] for place in places], numbers, told)
+        return DiffusionBatch(plan, places, batch, [], encoded)
 
     def loss(player: str, batch: DiffusionBatch, draws: Draws, step: int) -> Losses:
         assert batch.pictures is not None

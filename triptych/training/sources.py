@@ -20,7 +20,7 @@ from triptych.data.sources import DrawnShapes, Joined, OnCanvases, Source
 from triptych.errors import SettingsError
 from triptych.training.config import DataSettings, RunSettings
 
-CAPTION, TAGS = 4, 6  # what a draw of data/batches.py is for, after its own four; 5 is lora.py's
+CAPTION, TAGS, OTHER = 4, 6, 7  # what a draw of data/batches.py is for, after its own four; 5 is lora.py's
 
 
 class Pictures:
@@ -91,6 +91,12 @@ class Pictures:
         """Which of `count` captions a sample shows at this step."""
         u = float(draws(self.settings.seed, plan.step, CAPTION, place, count=1)[0])
         return caption_number(count, u, self.settings.data.main_caption)
+
+    def told_of(self, plan: BatchPlan, place: int) -> int:
+        """The sample whose caption is told at a place of a batch: its own, or for `control.other_caption` of
+        them that of the next place."""
+        u = float(draws(self.settings.seed, plan.step, OTHER, place, count=1)[0])
+        return plan.samples[(place + (u < self.settings.control.other_caption)) % len(plan.samples)]
 
     @property
     def rearranges(self) -> bool:
