@@ -221,10 +221,9 @@ def answer_of(files: ModelFiles, part: str, weights: str) -> Tensor:
     network, info = load_part(getattr(files, part), part, finite=False)
     if weights == "int4":
         for block in blocks_of(network):
-            for name, parameter in block.named_parameters():
+            for parameter in block.parameters():
                 if parameter.ndim == 2 and parameter.shape[1] % GROUP == 0:
-                    holder = block.get_submodule(name.rpartition(".")[0])
-                    setattr(holder, name.rpartition(".")[2], nn.Parameter(to_int4(parameter)))
+                    parameter.data = to_int4(parameter.data)
     place(network, Placement(torch.device("cpu"), torch.float32, "int8" if weights == "int8" else "streamed"))
     draw, config = torch.Generator().manual_seed(2), info.config
     pooled = torch.randn(1, 1, config["pooled_width"], generator=draw)
@@ -240,7 +239,7 @@ def answer_of(files: ModelFiles, part: str, weights: str) -> Tensor:
 
 def to_int4(matrix: Tensor) -> Tensor:
     """A matrix as numbers -7 to 7 with a scale for every GROUP of a row would give it back."""
-    groups = matrix.detach().float().view(len(matrix), -1, GROUP)
+    groups = matrix.float().view(len(matrix), -1, GROUP)
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 7
     return ((groups / scale).round() * scale).view_as(matrix).to(matrix.dtype)
 

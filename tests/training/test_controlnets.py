@@ -127,3 +127,17 @@ def test_a_share_of_pictures_is_told_the_caption_of_another(
             assert sample in (place, (place + 1) % 8)
             told += sample != place
     assert abs(told - others) <= 15 * (0 < share < 1)
+
+
+def test_a_picture_in_place_of_a_broken_one_is_told_its_own_caption_and_none_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Pictures(settings(tmp_path))
+    plan, read, asked = BatchPlan(0, 0, 0, tuple(range(8)), 0), pictures.source.read, []
+    monkeypatch.setattr(pictures.source, "read", lambda index: None if index == 3 else read(index))
+    monkeypatch.setattr(pictures.source, "captions", asked.append)
+    batch = pictures.load(plan, range(8))
+    told = pictures.captions(batch, [pictures.told_of(plan, place) for place in range(8)])
+    assert all(caption in sample.captions for caption, sample in zip(told, batch.samples, strict=True))
+    assert batch.samples[3].key == batch.samples[4].key
+    assert asked == []

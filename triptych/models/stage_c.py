@@ -132,7 +132,8 @@ class Guess(nn.Module):
 
 
 def at_size(guessed: Tensor, size: Sequence[int]) -> Tensor:
-    """A guess (B, c, 8, 8) for maps of another size (h, w)."""
+    """A guess (B, c, 8, 8) for maps of another size (h, w). Its latents are areas, whose corners do not align
+    as those of `blocks.resize`."""
     if tuple(guessed.shape[-2:]) == tuple(size):
         return guessed
     return F.interpolate(guessed, tuple(size), mode="bilinear")

@@ -70,11 +70,7 @@ def controlnet_task(
         batch = pictures.load(plan, places)
         told = [pictures.told_of(plan, place) for place in places]
         if cache is None:
-            captions = [
-                pictures.caption(plan, place, pictures.source.captions(sample))
-                for place, sample in zip(places, told, strict=True)
-            ]
-            return DiffusionBatch(plan, places, batch, captions)
+            return DiffusionBatch(plan, places, batch, pictures.captions(batch, told))
         numbers = [
             pictures.caption_number(plan, place, cache.captions[sample])
             for place, sample in zip(places, told, strict=True)

@@ -35,7 +35,7 @@ from triptych.training.checkpointing import is_matrix
 from triptych.training.config import RunSettings
 from triptych.training.encoders import part_path
 from triptych.training.footprint import WIDE, backward_peak, trace
-from triptych.training.muon import TOGETHER
+from triptych.training.muon import TOGETHER, leave_to_adamw
 from triptych.training.muon import is_matrix as by_muon
 from triptych.training.plan_pixels import PIXEL_RECIPES, control_step, pixel_step
 from triptych.training.start import following_init, network_config, sized_for
@@ -62,7 +62,7 @@ def plan_memory(settings: RunSettings) -> MemoryPlan:
     """What a run of any recipe will take."""
     if published(settings) is None:
         settings = following_init(settings)
-    elif settings.recipe in ("lora", "stage_b", "stage_c"):  # likewise; nothing is downloaded for a plan
+    elif settings.recipe in ("lora", "stage_b", "stage_c"):  # likewise, but nothing is downloaded for a plan
         data = sized_for(settings.data, PUBLISHED_SETTINGS["stage_c"])
         settings = settings.model_copy(update={"data": data})
     networks, helpers, maps, gradients = fullest_step(settings)
@@ -135,7 +135,10 @@ def trained_network(settings: RunSettings) -> nn.Module:
     if named is not None:
         settings = settings.model_copy(update={"init": None})
     config = network_config(settings, settings.recipe, presets)
-    return without_values(StageB if settings.recipe == "stage_b" else StageC, config)
+    network: Any = without_values(StageB if settings.recipe == "stage_b" else StageC, config)
+    if getattr(config, "guess", 0):
+        leave_to_adamw(network.guess)
+    return network
 
 
 def base_networks(settings: RunSettings) -> list[nn.Module]:

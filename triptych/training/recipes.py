@@ -254,7 +254,7 @@ def diffusion_task(
         if guesses:
             assert guess.map is not None
             wanted = encoded.latents_c.to(device)
-            weigh = masked(encoded.mask, wanted, settings.diffusion) if settings.diffusion.masked else None
+            weigh = masked(encoded.mask, wanted, settings.diffusion)
             missed = per_sample_loss(at_size(guess.map, wanted.shape[-2:]), wanted, weigh).mean()
             losses.total = losses.total + settings.diffusion.guess * missed
             losses.terms["guess"] = missed.detach()
@@ -368,7 +368,7 @@ def stage_c_loss(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         return network(x, time, hidden, pooled, image)
 
-    weigh = masked(encoded.mask, x0, diffusion) if diffusion.masked else None
+    weigh = masked(encoded.mask, x0, diffusion)
     return diffusion_losses(
         predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive, weigh
     )
@@ -403,7 +403,7 @@ def stage_b_loss(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         return network(x, time, semantic, pooled)
 
-    weigh = masked(encoded.mask, x0, diffusion) if diffusion.masked else None
+    weigh = masked(encoded.mask, x0, diffusion)
     return diffusion_losses(
         predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive, weigh
     )
@@ -439,8 +439,8 @@ def diffusion_losses(
 
 def masked(mask: Tensor | None, like: Tensor, diffusion: DiffusionSettings) -> Tensor | None:
     """How much each place of latents `like` (B,C,h,w) counts, (B,1,h,w): 1 inside the mask, `unmasked`
-    outside, and in between where a latent lies on its rim."""
-    if mask is None:
+    outside, and in between where a latent lies on its rim. None where masks are not asked for."""
+    if mask is None or not diffusion.masked:
         return None
     inside = F.adaptive_avg_pool2d(mask.to(like), (like.shape[2], like.shape[3]))
     return diffusion.unmasked + (1 - diffusion.unmasked) * inside

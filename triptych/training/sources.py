@@ -75,11 +75,15 @@ class Pictures:
         data, seed = self.settings.data, self.settings.seed
         return load_pixels(self.source, plan, self.buckets, seed, places, data.random_crop, data.zoom)
 
-    def captions(self, batch: Batch) -> list[str]:
-        """One caption for each sample of a batch."""
+    def captions(self, batch: Batch, told: Sequence[int] | None = None) -> list[str]:
+        """One caption for each sample of a batch; of the samples `told` where those are others."""
+        known = [sample.captions for sample in batch.samples]  # of the next readable one where one is broken
+        for at, (place, other) in enumerate(zip(batch.places, told or (), strict=False)):
+            if other != batch.plan.samples[place]:
+                known[at] = self.source.captions(other)
         return [
-            self.caption(batch.plan, place, sample.captions)
-            for sample, place in zip(batch.samples, batch.places, strict=True)
+            self.caption(batch.plan, place, captions)
+            for place, captions in zip(batch.places, known, strict=True)
         ]
 
     def caption(self, plan: BatchPlan, place: int, captions: Sequence[str]) -> str:
