@@ -42,6 +42,13 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(shape: tuple[in
     assert (along - torch.diag_embed(along.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
 
 
+def test_a_narrow_iteration_goes_the_same_way() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 48, 96)
+    narrow, wide = (orthogonalize(x, narrow=narrow).float().flatten(1) for narrow in (True, False))
+    assert torch.cosine_similarity(narrow, wide).min() > 0.99
+
+
 def test_a_matrix_of_zeros_stays_one() -> None:
     assert orthogonalize(torch.zeros(1, 32, 32)).eq(0).all()
 

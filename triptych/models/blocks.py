@@ -23,6 +23,7 @@ from triptych.models.response import Response
 from triptych.models.scratch import Scratch, keep, spread
 
 NORM_EPS = 1e-6
+SMALL_MAP = 2**17  # scores of a head: 256 KiB of bfloat16
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -245,12 +246,8 @@ class PackedAttention(nn.Module):
             value = torch.cat([value, context_value], dim=1)
         else:
             key, value = context_key, context_value
-        mixed = F.scaled_dot_product_attention(
-            self.split_heads(query),
-            self.split_heads(key),
-            self.split_heads(value),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        heads = self.split_heads(query), self.split_heads(key), self.split_heads(value)
+        mixed = mix_values(*heads, self.dropout if self.training else 0.0)
         return mixed.transpose(1, 2).flatten(2)
 
     def is_bare(self, x: Tensor) -> bool:
@@ -268,6 +265,20 @@ class PackedAttention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:  # (B, n, C) -> (B, heads, n, C / heads)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def mix_values(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, all (B, heads, n or m, d).
+
+    torch's kernel for CPUs takes three times as long as the products themselves to give gradients of small
+    maps in bfloat16; there the formula is used as it stands.
+    """
+    small = query.shape[2] * key.shape[2] <= SMALL_MAP
+    narrow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not (narrow and small and torch.is_grad_enabled()) or dropout:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT
+    return scores.softmax(dim=-1).to(value.dtype) @ value
 
 
 class Attention(nn.Module):

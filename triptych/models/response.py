@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.models.fused import column_energies
-
-SPAN = 2**17  # numbers of a map worked on at once on a CPU: 512 KiB of float32
+SPAN = 2**18  # numbers of a map worked on at once on a CPU: 1 MiB of float32
 
 
 class Response(torch.autograd.Function):
@@ -26,11 +24,15 @@ class Response(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        energy = torch.stack([column_energies(rows) for rows in x.flatten(1, 2)]).sqrt_()  # float32
+        rows = x.flatten(1, 2)
+        energy = torch.zeros(len(rows), rows.shape[2], dtype=torch.float32, device=x.device)
+        for part in spans(rows):
+            energy[part[0]] += squares(rows[part])
+        energy = energy.sqrt_()
         ctx.save_for_backward(x, gamma, energy)
         ctx.eps = eps
-        response = (energy / (energy.mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
-        return torch.addcmul(beta, x, (1 + gamma.flatten() * response)[:, None, None])
+        response = energy / (energy.mean(dim=-1, keepdim=True) + eps)
+        return torch.addcmul(beta.to(x.dtype), x, (1 + gamma.flatten() * response).to(x.dtype)[:, None, None])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
@@ -38,9 +40,9 @@ class Response(torch.autograd.Function):
         rows, steep = x.flatten(1, 2), gradient.flatten(1, 2)  # (B, n, C)
         products = torch.zeros_like(energy)  # (B, C), of the map and its gradient, summed over the picture
         shift = torch.zeros_like(energy)
-        for sample, span in spans(rows):
-            products[sample] += (rows[sample, span] * steep[sample, span]).sum(0, dtype=torch.float32)
-            shift[sample] += steep[sample, span].sum(0, dtype=torch.float32)
+        for part in spans(rows):  # torch adds narrow numbers up in float32
+            products[part[0]] += (rows[part] * steep[part]).sum(1)
+            shift[part[0]] += steep[part].sum(1)
         mean = energy.mean(dim=-1, keepdim=True) + ctx.eps
         response = energy / mean
         wide = gamma.flatten().float()
@@ -51,17 +53,24 @@ class Response(torch.autograd.Function):
         )  # a channel that is zero has no direction
         scale = (1 + wide * response).to(x.dtype)
         result = torch.empty_like(rows)
-        for sample, span in spans(rows):
-            torch.mul(rows[sample, span], back[sample], out=result[sample, span])
-            result[sample, span].addcmul_(steep[sample, span].to(x.dtype), scale[sample])
+        for part in spans(rows):
+            torch.mul(rows[part], back[part[0], None], out=result[part])
+            result[part].addcmul_(steep[part].to(x.dtype), scale[part[0], None])
         grown = (products * response).sum(0).view_as(gamma).to(gamma.dtype)
         return result.view_as(x), grown, shift.sum(0).view_as(gamma).to(gamma.dtype), None
 
 
-def spans(rows: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each sample of rows (B, n, C) in spans that a cache holds; whole samples where there is no CPU."""
-    count, width = rows.shape[1:]
-    step = max(1, SPAN // width) if rows.device.type == "cpu" else count
-    for sample in range(len(rows)):
+def spans(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Parts of rows (B, n, C) that a cache holds, as (samples, rows): several samples together, or parts of
+    one where maps are large; everything at once where there is no CPU."""
+    batch, count, width = rows.shape
+    most = max(1, SPAN // width) if rows.device.type == "cpu" else batch * count
+    together, step = max(1, most // count), min(most, count)
+    for sample in range(0, batch, together):
         for start in range(0, count, step):
-            yield sample, slice(start, min(start + step, count))
+            yield slice(sample, min(sample + together, batch)), slice(start, min(start + step, count))
+
+
+def squares(rows: Tensor) -> Tensor:
+    """Sums of squares over the middle axis of rows (B, n, C), float32: those of float16 overflow."""
+    return rows.float().square_().sum(1) if rows.dtype != torch.float32 else (rows * rows).sum(1)

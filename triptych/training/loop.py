@@ -129,7 +129,8 @@ def train_task(
     optimizers, gradients = {}, {}
     for player, parts in task.players.items():
         parameters = [p for part in parts for p in task.trained[part].parameters()]
-        optimizers[player] = build_optimizer(parameters, settings.optim)
+        narrow = settings.precision == "bfloat16"
+        optimizers[player] = build_optimizer(parameters, settings.optim, narrow)
         if world() > 1 and not settings.shard:  # split networks average theirs by themselves
             gradients[player] = AveragedGradients([p for p in parameters if p.requires_grad])
     state = State(task, averages, optimizers, settings)

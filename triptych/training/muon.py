@@ -1,8 +1,8 @@
 """Muon: matrices move by their momentum made orthogonal, everything else by AdamW, in one optimiser.
 
 torch's own Muon iterates in bfloat16, which CPUs without it emulate a hundred times slower, and takes
-matrices only. Here the iteration is in float32 on CPUs, works on all matrices of one shape at once, and takes
-1x1 and other dense convolutions as the matrices they are.
+matrices only. Here the iteration has the precision of the run's matrix products, works on all matrices of one
+shape at once, and takes 1x1 and other dense convolutions as the matrices they are.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix is scaled by 0.2 * sqrt(longer side), so that it is as large as AdamW's would be:
     `lr` and `weight_decay` of an AdamW run carry over. `groups` are parameter groups as in torch.
-    State: `momentum` of a matrix; `step`, `exp_avg` and `exp_avg_sq` of the rest.
+    State: `momentum` of a matrix; `step`, `exp_avg` and `exp_avg_sq` of the rest. `narrow` iterates in
+    bfloat16, for processors that multiply in it.
     """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 0.01, momentum: float = 0.95,
+        eps: float = 1e-8, weight_decay: float = 0.01, momentum: float = 0.95, narrow: bool = False,
     ) -> None:  # fmt: skip
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum,
         }  # fmt: skip
         super().__init__(groups, defaults)
+        self.narrow = narrow
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -60,7 +62,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov's look ahead
-        updates = orthogonalize(torch.stack(directions))
+        updates = orthogonalize(torch.stack(directions), self.narrow)
         scale = ADAM_SCALE * max(directions[0].shape) ** 0.5
         for p, update in zip(alike, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -121,13 +123,13 @@ def batches(matrices: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             yield members[first : first + count]
 
 
-def orthogonalize(x: Tensor) -> Tensor:
+def orthogonalize(x: Tensor, narrow: bool = False) -> Tensor:
     """Matrices x (n, rows, columns) with all singular values brought near 1, in the computing precision.
 
-    Newton-Schulz iteration for the nearest orthogonal matrix, five steps: float32, or bfloat16 on CUDA
-    devices, where it is as good and faster. A matrix of zeros stays one.
+    Newton-Schulz iteration for the nearest orthogonal matrix, five steps: float32, or bfloat16 where asked
+    for and on CUDA devices, where it is as good and faster. A matrix of zeros stays one.
     """
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x.to(torch.bfloat16 if narrow or x.is_cuda else torch.float32)
     tall = x.shape[1] > x.shape[2]
     if tall:  # the product of a matrix with its transpose is smaller from this side
         x = x.mT

@@ -96,8 +96,11 @@ def parameter_groups(parameters: Iterable[nn.Parameter], settings: OptimSettings
     return groups
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """The optimiser of `settings.kind` over the parameters that require gradients.
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], settings: OptimSettings, narrow: bool = False
+) -> torch.optim.Optimizer:
+    """The optimiser of `settings.kind` over the parameters that require gradients; `narrow` lets its own
+    matrix products be bfloat16.
 
     Raises TrainingError if there are none, MissingExtra if a package is. Its rate is meaningless until
     `set_learning_rate`.
@@ -109,7 +112,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
         return Adafactor(groups, lr=settings.lr, scale_parameter=False, relative_step=False)
     common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.kind == "muon":
-        return Muon(groups, **common, momentum=settings.momentum)
+        return Muon(groups, **common, momentum=settings.momentum, narrow=narrow)
     if settings.kind == "adamw8bit":
         return AdamW8bit(groups, **common)
     if settings.kind == "schedule_free":
