@@ -175,3 +175,16 @@ def test_every_recipe_overfits_one_batch(recipe: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line[f"{player}.loss"] for line in lines]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_weights_written_as_int8_are_small_and_near_those_of_the_run(tmp_path: Path) -> None:
+    changes = ("steps=2", "save_every=2", "sample_every=100")
+    train(settings("stage_c", tmp_path / "wide", *changes))
+    train(settings("stage_c", tmp_path / "narrow", *changes, "store=int8"))
+    files = [tmp_path / name / "stage_c.safetensors" for name in ("wide", "narrow")]
+    assert files[1].stat().st_size < 0.5 * files[0].stat().st_size
+    wide, narrow = (load_part(file, "stage_c")[0].state_dict() for file in files)
+    for name, tensor in wide.items():
+        rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[None]
+        step = rows.abs().amax(1, keepdim=True) / 127
+        assert ((narrow[name].view_as(rows) - rows).abs() <= 0.51 * step).all(), name

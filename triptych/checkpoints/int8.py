@@ -17,10 +17,11 @@ CHUNK_ELEMENTS = 2**20  # numbers narrowed together, which bounds the memory bes
 
 
 def narrow(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Store every floating matrix as int8 rows, rounded to nearest; other tensors pass unchanged."""
+    """Store every floating matrix as int8 rows, rounded to nearest; other tensors pass unchanged, also those
+    of one row, which are vectors (gains of response norms) with a range too wide for one scale."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or len(tensor) == 1 or not tensor.is_floating_point():
             stored[name] = tensor
             continue
         stored[name], stored[name + SCALE] = narrow_matrix(tensor)

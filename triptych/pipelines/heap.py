@@ -7,8 +7,10 @@ from contextlib import suppress
 
 import torch
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers of these settings, malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # glibc's numbers of these settings, malloc.h
 OWN_PAGES = 2**16  # bytes from which a piece of memory gets pages of its own
+MOST_PIECES = 2**16  # of them, glibc's own limit
+NEVER_TRIM = 2**31 - 1
 
 
 def return_memory(device: torch.device) -> None:
@@ -32,5 +34,19 @@ def keep_heap_small(device: torch.device) -> None:
     if device.type == "cpu":
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(None)
+            library.mallopt(MMAP_MAX, MOST_PIECES)
             library.mallopt(MMAP_THRESHOLD, OWN_PAGES)
             library.mallopt(TRIM_THRESHOLD, 0)
+
+
+def keep_heap_warm(device: torch.device) -> None:
+    """From now on, freed maps of a CPU stay in the process, where the next ones of their size take them.
+
+    Otherwise every map of more than 32 MiB gets fresh pages from the system, one by one, at every update: a
+    third of the time of a small network, where processors multiply in bfloat16.
+    """
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(None)
+            library.mallopt(MMAP_MAX, 0)
+            library.mallopt(TRIM_THRESHOLD, NEVER_TRIM)

@@ -242,8 +242,8 @@ class RunSettings(Settings):
         ("a red apple", "a blue circle", "a smiling face", "a green tree")
     )
     tensorboard: bool = Field(True, description="also write TensorBoard files, where it is installed")
-    store: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="format of weights written"
+    store: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        "float32", description="format of weights written; int8: rows of matrices with a scale each"
     )
     licence: str = Field("", description="licence of the weights written")
     notice: str = Field("", description="attribution that travels with them")

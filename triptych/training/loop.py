@@ -123,7 +123,7 @@ def train_task(
     averages = dict(task.networks)
     if settings.ema.enabled:
         averages = {part: copy.deepcopy(net).eval().requires_grad_(False) for part, net in averages.items()}
-    save_memory(settings, task.trunks)
+    save_memory(settings, task.trunks, device)
     if settings.shard and world() > 1:
         shard_networks(dict.fromkeys([*task.trained.values(), *averages.values()]), device)
     optimizers, gradients = {}, {}

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 
 from triptych.checkpoints.files import DISK_FULL, write_atomically, write_part
+from triptych.checkpoints.int8 import narrow
 from triptych.errors import CapacityError
 from triptych.training.config import RunSettings
 from triptych.training.processes import anyone, everyones, leads, world
 from triptych.training.sharding import whole
 from triptych.training.state import State
 from triptych.training.task import Task
-from triptych.training.text_tower import write_tower
+from triptych.training.text_tower import copy_tokenizer
 
-STORE = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORE = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": None}
 
 Tell = Callable[[str], None]
 
@@ -41,11 +42,12 @@ def save(settings: RunSettings, task: Task, state: State, out: Path) -> None:
     for part, average in state.averages.items():
         info = replace(task.info(part, average), step=state.step)
         if part == "text_encoder":
-            write_tower(settings, out, average, info, STORE[settings.store])
-        elif task.write is not None:
+            copy_tokenizer(settings, out)
+        if task.write is not None:
             task.write(out, part, average, info)
-        else:
-            write_part(out / f"{part}.safetensors", weights[part], info, STORE[settings.store])
+            continue
+        tensors = narrow(weights[part]) if settings.store == "int8" else weights[part]
+        write_part(out / f"{part}.safetensors", tensors, info, STORE[settings.store])
     texts = {"settings.json": json.dumps(settings.model_dump(), indent=1)}
     if skipped:
         texts["skipped.txt"] = "\n".join(skipped) + "\n"

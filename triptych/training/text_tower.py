@@ -9,10 +9,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from triptych.checkpoints.files import PartInfo, read_header, write_part
+from triptych.checkpoints.files import PartInfo, read_header
 from triptych.checkpoints.headers import part_info
 from triptych.checkpoints.lora_merge import with_licence
 from triptych.conditioning.encode import TextEncoder
@@ -45,11 +44,8 @@ def tower_info(settings: RunSettings) -> PartInfo:
     return dataclasses.replace(own, licence=joined.licence, notice=joined.notice)
 
 
-def write_tower(
-    settings: RunSettings, out: Path, network: nn.Module, info: PartInfo, dtype: torch.dtype | None
-) -> None:
-    """The part file, with its tokenizer beside it."""
-    write_part(out / "text_encoder.safetensors", network.state_dict(), info, dtype)
+def copy_tokenizer(settings: RunSettings, out: Path) -> None:
+    """The tokenizer of a trained tower, beside the part file that is written."""
     words = part_path("text_encoder", settings.parts.text_encoder).with_name(WORDS)
     if words.resolve() != (out / WORDS).resolve():
         shutil.copyfile(words, out / WORDS)
