@@ -106,9 +106,18 @@ def test_a_fresh_guess_changes_nothing_and_a_trained_one_follows_the_pooled_text
 def test_a_guess_is_scaled_to_maps_of_other_sizes() -> None:
     guessed = torch.arange(64.0).view(1, 1, 8, 8)
     assert at_size(guessed, (8, 8)) is guessed
-    doubled = at_size(guessed, (16, 12))
-    assert doubled.shape == (1, 1, 16, 12)
+    doubled = at_size(guessed, (16, 16))
+    assert doubled.shape == (1, 1, 16, 16)
     assert doubled.mean().item() == pytest.approx(guessed.mean().item(), abs=0.05)
+
+
+def test_a_guess_keeps_its_form_in_the_middle_of_a_longer_map() -> None:
+    guessed = torch.arange(64.0).view(1, 1, 8, 8)
+    wide, high = at_size(guessed, (8, 12)), at_size(guessed, (12, 8))
+    assert torch.equal(wide[..., 2:10], guessed)
+    assert torch.equal(high[..., 2:10, :], guessed)
+    assert torch.equal(wide[..., 0], guessed[..., 0])
+    assert torch.equal(high[..., 11, :], guessed[..., 7, :])
 
 
 def test_a_guess_is_made_once_for_all_steps_of_a_picture() -> None:

@@ -195,6 +195,6 @@ def _small(size: str, width: int, blocks: int, first: int, hidden: int, deep: in
 CONTROLNET = {
     "3.6b": ControlNetConfig(),
     "1b": replace(ControlNetConfig(), width=1536, blocks=(0, 2, 4, 6, 25, 27, 29, 31)),
-    "mini": _small("mini", width=192, blocks=6, first=512, hidden=192, deep=2),
+    "mini": _small("mini", width=384, blocks=6, first=512, hidden=192, deep=2),
     "tiny": _small("tiny", width=32, blocks=4, first=32, hidden=16, deep=1),
 }

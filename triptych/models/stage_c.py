@@ -56,9 +56,9 @@ STAGE_C = {
         widths=(1536, 1536), heads=(24, 24), cond_width=1536, down_blocks=(4, 12), up_blocks=(12, 4)
     ),
     "mini": StageCConfig(
-        widths=(192, 192),
-        heads=(3, 3),
-        cond_width=192,
+        widths=(384, 384),
+        heads=(6, 6),
+        cond_width=384,
         down_blocks=(1, 2),
         up_blocks=(2, 1),
         tokens_per_vector=2,
@@ -105,7 +105,7 @@ def embed_positions(x: Tensor) -> Tensor:
     return torch.cat(both, dim=-1).to(x.dtype)
 
 
-GUESS_SIDE = 8  # of the map that is guessed; other sizes take it enlarged or made smaller
+GUESS_SIDE = 8  # of the map that is guessed; maps of other sizes have it in their middle
 
 
 class Guess(nn.Module):
@@ -132,11 +132,19 @@ class Guess(nn.Module):
 
 
 def at_size(guessed: Tensor, size: Sequence[int]) -> Tensor:
-    """A guess (B, c, 8, 8) for maps of another size (h, w). Its latents are areas, whose corners do not align
-    as those of `blocks.resize`."""
-    if tuple(guessed.shape[-2:]) == tuple(size):
+    """A guess (B, c, 8, 8) for maps of another size (h, w): as large as their shorter side, in the middle, and
+    its border continued along the longer one, so that what is guessed keeps its form.
+
+    Its latents are areas, whose corners do not align as those of `blocks.resize`.
+    """
+    height, width = size
+    side = min(height, width)
+    if side != guessed.shape[-1]:
+        guessed = F.interpolate(guessed, (side, side), mode="bilinear")
+    if height == width:
         return guessed
-    return F.interpolate(guessed, tuple(size), mode="bilinear")
+    left, top = (width - side) // 2, (height - side) // 2
+    return F.pad(guessed, (left, width - side - left, top, height - side - top), mode="replicate")
 
 
 class StageC(Trunk):
