@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -128,6 +129,56 @@ def pareto_plot(title: str, points: Sequence[Point], measure: str, share: bool =
     note = f"{measure}, with 95 % interval, against median seconds a picture; green: none is better in both"
     parts.append(_text(16, bottom + 46, note, 11, QUIET))
     return "\n".join([*parts, "</svg>"])
+
+
+SERIES = ("#2f7d5b", "#b5563c", "#3c6fb5", "#a8832a", "#6d4fa3")
+
+
+def curve_plot(
+    title: str, curves: Mapping[str, Sequence[tuple[float, Estimate]]], along: str, note: str
+) -> str:
+    """Shares in [0,1] over something that grows, such as updates: a line for each name, with intervals.
+
+    `along` names the horizontal axis, `note` stands below it.
+    """
+    left, right, top, bottom = 64, 560, 48, 330
+    places = [at for points in curves.values() for at, _ in points]
+    first, last = min(places), max(places)
+
+    def x(at: float) -> float:
+        return round(left + 10 + (right - left - 20) * (at - first) / ((last - first) or 1), 1)
+
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * value, 1)
+
+    parts = [_head(right + 190, bottom + 62, title), _text(16, 26, title, 17, weight=600)]
+    for percent in range(0, 101, 20):
+        parts.append(_line(left, y(percent / 100), right, y(percent / 100), "#e6e2d8", 1))
+        parts.append(_text(left - 8, y(percent / 100) + 4, f"{percent} %", 11, QUIET, anchor="end"))
+    for at in sorted(set(places)):
+        parts.append(_line(x(at), bottom, x(at), bottom + 5, INK, 1))
+        parts.append(_text(x(at), bottom + 19, f"{at:g}", 11, QUIET, anchor="middle"))
+    ends = _apart([y(points[-1][1].value) for points in curves.values()], 15)
+    for (name, points), colour, end in zip(curves.items(), SERIES, ends, strict=False):
+        path = " ".join(f"{x(at)},{y(found.value)}" for at, found in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for at, found in points:
+            parts.append(_line(x(at), y(found.low), x(at), y(found.high), colour, 1.5, opacity=0.35))
+            parts.append(f'<circle cx="{x(at)}" cy="{y(found.value)}" r="3.5" fill="{colour}"/>')
+        told = f"{name}: {100 * points[-1][1].value:.0f} %"
+        parts.append(_text(right + 8, end + 4, told, 12, colour))
+    parts.append(_text((left + right) / 2, bottom + 38, along, 12, anchor="middle"))
+    parts.append(_text(16, bottom + 56, note, 11, QUIET))
+    return "\n".join([*parts, "</svg>"])
+
+
+def _apart(levels: Sequence[float], least: float) -> list[float]:
+    """The levels moved down as far as needed to stand `least` apart, in their order."""
+    placed = list(levels)
+    order = sorted(range(len(placed)), key=lambda number: placed[number])
+    for above, below in itertools.pairwise(order):
+        placed[below] = max(placed[below], placed[above] + least)
+    return placed
 
 
 def _quality_range(points: Sequence[Point], share: bool) -> tuple[float, float]:

@@ -132,8 +132,8 @@ class Guess(nn.Module):
 
 
 def at_size(guessed: Tensor, size: Sequence[int]) -> Tensor:
-    """A guess (B, c, 8, 8) for maps of another size (h, w): as large as their shorter side, in the middle, and
-    its border continued along the longer one, so that what is guessed keeps its form.
+    """A guess (B, c, 8, 8) for maps of another size (h, w): as large as their shorter side, in the middle,
+    and its border continued along the longer one, so that what is guessed keeps its form.
 
     Its latents are areas, whose corners do not align as those of `blocks.resize`.
     """
