@@ -49,6 +49,15 @@ def test_both_programs_answer_alike_in_the_run_that_times_them(narrow: None) -> 
     assert table(result).count("\n") == 2 + len(result.cases) + 1
 
 
+def test_bfloat16_is_compared_by_distance_to_the_float32_result(narrow: None) -> None:
+    result = run_bench(replace(PLAN, loading=False), torch.device("cpu"), torch.bfloat16, lambda text: None)
+    errors = result.as_json()["errors"]
+    assert set(errors) == {"stage_c_step", "stage_b_step"}  # Stage A computes in float32
+    for case in errors.values():
+        assert 0 < case["triptych"] < 1.2 * case["diffusers"] < 0.05
+    assert "off float32" in table(result)
+
+
 def test_the_products_of_a_call_are_its_matrix_products_and_attention() -> None:
     matrix, query = torch.randn(8, 8), torch.randn(1, 2, 4, 8)
     image, dense, depthwise = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 1, 1), torch.randn(3, 1, 3, 3)

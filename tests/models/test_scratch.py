@@ -37,7 +37,7 @@ def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "in spans":
         monkeypatch.setattr(scratch, "SPAN_BYTES", 2048)
         monkeypatch.setattr(fused, "LEAST_ROWS_PER_WIDTH", 0)
-        monkeypatch.setattr(fused, "STATISTIC_ROWS", 5)
+        monkeypatch.setattr(fused, "CACHED", 5 * 64)
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:

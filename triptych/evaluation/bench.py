@@ -45,6 +45,10 @@ STEPS_C, STEPS_B = 20, 10  # of the pipeline that is put together from steps
 GUIDANCE = 4.0
 TEXT_TOKENS = 77
 FLOOR_PRECISION = 0.01
+COMPARED_AT = 0.7  # the time that both networks are told when their outputs are compared
+# diffusers works out 10000 t in the network's precision. Of all times only 0 leaves bfloat16 exact there, and
+# so compares nothing but what the networks do.
+COMPARED_AT_NARROW = 0.0
 
 Progress = Callable[[str], None]
 
@@ -67,12 +71,14 @@ class Plan:
 @dataclass
 class Measured:
     """One case. Seconds are medians by contender; `difference` is the largest between outputs, relative to
-    the largest output."""
+    the largest output. `errors`, where the precision is below float32, are distances of the outputs to what
+    float32 gives with the same weights, relative (root mean square)."""
 
     seconds: dict[str, float]
     spread: dict[str, float]  # (largest - smallest) / median
     floor: float = 0.0
     difference: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
 
     def ratio(self) -> float:
         return self.seconds["diffusers"] / self.seconds["triptych"]
@@ -110,6 +116,7 @@ class Bench:
             "spread": {name: case.spread for name, case in self.cases.items()},
             "floor": {name: case.floor for name, case in self.cases.items() if case.floor},
             "difference": {name: case.difference for name, case in self.cases.items()},
+            "errors": {name: case.errors for name, case in self.cases.items() if case.errors},
             "peak_memory": self.peak_bytes,
             "machine": self.machine,
             "device": self.device,
@@ -186,13 +193,19 @@ def bench_network(
     ours = random_network(build, config, x.device, dtype)
     theirs = build_theirs(import_theirs().unet, ours, part)
     count = len(cond["text_pooled"])
-    told = torch.full((count,), 0.7, device=x.device)
+    narrow = dtype != torch.float32
+    told = torch.full((count,), COMPARED_AT_NARROW if narrow else COMPARED_AT, device=x.device)
     doubled = torch.cat([x] * count).to(dtype)
     branches = our_branches(ours, cond, dtype, steps, plan.speed)
     progress(f"{part}: comparing outputs")
     with torch.no_grad():
         answer = torch.cat(list(branches(x, told[:1], BOTH[:count])))
-        difference = compare(answer, theirs(**their_names({"x": doubled, "t": told, **cond})).sample)
+        other = theirs(**their_names({"x": doubled, "t": told.to(dtype), **cond})).sample
+        difference, errors = compare(answer, other), {}
+        if narrow:
+            exact = float32_answer(ours, doubled, told, cond)
+            errors = {"triptych": distance(answer, exact), "diffusers": distance(other, exact)}
+            del exact
     contenders = {
         "triptych": our_steps(branches, x, count, steps),
         "diffusers": their_steps(theirs, x, cond, dtype, steps),
@@ -213,7 +226,32 @@ def bench_network(
     products = record_products(lambda: ours(doubled, told, **cond, scratch=plain))
     measured.floor = time_products(products, lambda: synchronise(x.device))
     measured.difference = difference
+    measured.errors = errors
     return measured
+
+
+def float32_answer(network: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    """What the plain formulas give in float32 with the weights and inputs of a narrower network. Each layer is
+    wide only while it runs: a second network would take twice the memory of the first."""
+
+    def widen(layer: nn.Module, *_: Any) -> None:
+        for name, parameter in layer.named_parameters(recurse=False):
+            narrow[layer, name], parameter.data = parameter.data, parameter.data.float()
+
+    def restore(layer: nn.Module, *_: Any) -> None:
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.data = narrow.pop((layer, name))
+
+    narrow: dict[tuple[nn.Module, str], Tensor] = {}
+    hooks = []
+    for layer in network.modules():
+        if next(layer.parameters(recurse=False), None) is not None:
+            hooks += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(restore)]
+    inputs = {name: value.float() for name, value in cond.items()}
+    answer: Tensor = network(x.float(), t, **inputs, scratch=Scratch(once=False, fused=False))
+    for hook in hooks:
+        hook.remove()
+    return answer
 
 
 def our_branches(
@@ -385,6 +423,11 @@ THEIR_NAMES = {
 
 def their_names(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {THEIR_NAMES[name]: value for name, value in inputs.items()}
+
+
+def distance(answer: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference, relative to that of the exact answer."""
+    return float((answer.float() - exact).norm() / exact.norm())
 
 
 def compare(ours: Tensor, theirs: Tensor) -> float:

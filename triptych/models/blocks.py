@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from triptych.models.compiled import run_compiled
 from triptych.models.fused import add_perceptron, is_plain
 from triptych.models.response import Response
-from triptych.models.scratch import Scratch, keep, spread
+from triptych.models.scratch import Buffer, Scratch, keep, spread
 
 NORM_EPS = 1e-6
 SMALL_MAP = 2**17  # scores of a head: 256 KiB of bfloat16
@@ -250,6 +250,19 @@ class PackedAttention(nn.Module):
         mixed = mix_values(*heads, self.dropout if self.training else 0.0)
         return mixed.transpose(1, 2).flatten(2)
 
+    def attend_in(self, buffer: Buffer, x: Tensor, context: Tensor) -> Tensor:
+        """As `attend` with self-attention, where keys and values are made side by side with the context's
+        rather than copied there. in_proj is plain."""
+        batch, count, width = x.shape
+        rows = count + context.shape[1]
+        packed = buffer.take(batch * rows, 3 * width, x).view(batch, rows, 3 * width)
+        for own, sample in zip(packed, x, strict=True):
+            torch.addmm(self.in_proj.bias, sample, self.in_proj.weight.t(), out=own[:count])
+        packed[:, count:, width:] = context
+        query, key, value = packed.chunk(3, dim=-1)
+        heads = self.split_heads(query[:, :count]), self.split_heads(key), self.split_heads(value)
+        return mix_values(*heads, dropout=0.0).transpose(1, 2).flatten(2)
+
     def is_bare(self, x: Tensor) -> bool:
         """Is it nothing but its formula?"""
         return not self.training and is_plain(self.in_proj, x) and is_plain(self.out_proj, x)
@@ -312,8 +325,11 @@ class AttentionBlock(nn.Module):
             h = norm_last(channels_last(x), self.norm_eps).flatten(1, 2)  # (B, H * W, C)
             x = spread(x, len(tokens))
             onto = as_rows(x)
-            mixed = attn.attend(h, context, self.self_attention)
-            onto.flatten(0, 1).addmm_(mixed.flatten(0, 1), attn.out_proj.weight.t()).add_(attn.out_proj.bias)
+            if self.self_attention and len(h) == len(context) and is_plain(attn.in_proj, h):
+                mixed = attn.attend_in(scratch.buffer, h, context)
+            else:
+                mixed = attn.attend(h, context, self.self_attention)
+            onto.add_(attn.out_proj(mixed))
             return channels_first(onto.unflatten(1, x.shape[-2:]))
         return self.plain(x, context)
 

@@ -104,6 +104,15 @@ def switched_off(names: list[str]) -> Speed:
 
 
 COLUMNS = ("what", "triptych", "diffusers", "ratio", "floor", "above the floor", "outputs differ by")
+ERRORS = "off float32: ours, theirs"  # a further column where the precision is below float32
+
+
+def columns(result: Bench) -> list[str]:
+    return [*COLUMNS, ERRORS] if has_errors(result) else [*COLUMNS]
+
+
+def has_errors(result: Bench) -> bool:
+    return any(case.errors for case in result.cases.values())
 
 
 def cells(name: str, case: Measured) -> list[str]:
@@ -117,6 +126,7 @@ def cells(name: str, case: Measured) -> list[str]:
         f"{case.floor:.3g} s" if case.floor else "",
         f"{case.above_floor():.2f}" if case.floor else "",
         f"{case.difference:.1e}" if case.difference else "",
+        f"{case.errors['triptych']:.2%}, {case.errors['diffusers']:.2%}" if case.errors else "",
     ]
 
 
@@ -134,7 +144,7 @@ def rows(result: Bench) -> list[list[str]]:
                 case.floor,
             )
             found.append(cells(f"{name}, compiled", both))
-    return found
+    return [row[: len(columns(result))] for row in found]
 
 
 def table(result: Bench) -> str:
@@ -143,8 +153,8 @@ def table(result: Bench) -> str:
         f"{result.machine['processor']}, {result.threads} threads, {result.dtype} on {result.device}, "
         f"torch {result.machine['torch']}; {describe(result)}.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
+        "| " + " | ".join(columns(result)) + " |",
+        "|" + "---|" * len(columns(result)),
     ]
     lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
     return "\n".join(lines)
@@ -162,7 +172,7 @@ def show(result: Bench) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(*COLUMNS, caption=f"{describe(result)}; peak memory {result.peak_bytes / 2**30:.1f} GiB")
+    shown = Table(*columns(result), caption=f"{describe(result)}; peak memory {result.peak_bytes / 2**30:.1f} GiB")
     for row in rows(result):
         shown.add_row(*row)
     Console().print(shown)
