@@ -1,13 +1,14 @@
 """One training step of Stage C against the published one: samples a second, and what lies above the matmuls.
 
-    python benchmarks/train_step.py [--width 256] [--batch 2] [--repeats 5] [--threads 1]
+    python benchmarks/train_step.py [--width 256] [--batch 2] [--repeats 5] [--threads 1] [--precision ...]
 
 The network has the depth of the 1B model (4, 12, 12, 4 blocks of three layers) and `--width` channels instead
 of 1536, on latents of 24 x 24 (1024 pixels). The reference is the published step with the same weights in
 diffusers' StableCascadeUNet: noise, prediction, P2-weighted error, gradient norm clipped to 1, plain AdamW.
 Ours is `triptych.training.loop.update` as `triptych train` calls it. Both take turns in one process; times
 are medians of processor time, which other programs disturb less than wall time. The floor is the matrix
-products and attention of our step, forward and backward, timed alone.
+products and attention of our step, forward and backward, timed alone. With `--precision bfloat16` both
+networks run under autocast, their weights float32.
 
 A second table adds the frozen semantic encoder (at its published size) and a text tower as narrow as the
 network: the published trainer runs them at every step, ours reads what they said from a cache.
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
@@ -71,8 +73,8 @@ def main() -> None:
         torch.randn(chosen.batch, 16, SIDE, SIDE), None, torch.randn(chosen.batch, TOKENS, config.text_width),
         torch.randn(chosen.batch, config.pooled_width), None,
     )  # fmt: skip
-    ours = our_step(network, chosen.batch)
-    reference = their_step(theirs)
+    ours = our_step(network, chosen.batch, chosen.precision)
+    reference = their_step(theirs, chosen.precision)
     with tempfile.TemporaryDirectory() as folder:
         cached = cache(Path(folder) / "cache.safetensors", encoded)
         encode = published_encoders(chosen.width, chosen.batch)
@@ -90,9 +92,9 @@ def main() -> None:
     print(table(seconds, floor, chosen, sum(p.numel() for p in network.parameters())))
 
 
-def our_step(network: nn.Module, batch: int) -> Callable[[Encoded], None]:
+def our_step(network: nn.Module, batch: int, precision: Any) -> Callable[[Encoded], None]:
     """The update of the `stage_c` recipe with its default settings."""
-    settings = RunSettings(recipe="stage_c", out=".", batch=batch)
+    settings = RunSettings(recipe="stage_c", out=".", batch=batch, precision=precision)
     adaptive, encoders = AdaptiveWeight(), Encoders()
 
     def loss(player: str, encoded: Encoded, draws: Draws, step: int) -> Losses:
@@ -120,7 +122,7 @@ def our_step(network: nn.Module, batch: int) -> Callable[[Encoded], None]:
     return step
 
 
-def their_step(network: Any) -> Callable[[Encoded], None]:
+def their_step(network: Any, precision: str) -> Callable[[Encoded], None]:
     """The published loop: cosine schedule, epsilon target, P2 weights, clipped AdamW with its defaults."""
     network.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
@@ -136,7 +138,8 @@ def their_step(network: Any) -> Callable[[Encoded], None]:
             "x": alpha * x0 + sigma * eps, "t": t, "text_hidden": encoded.text_hidden,
             "text_pooled": encoded.text_pooled[:, None], "image_embed": torch.zeros(len(x0), 1, 768),
         }  # fmt: skip
-        predicted = network(**their_names(told), return_dict=False)[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            predicted = network(**their_names(told), return_dict=False)[0].float()
         error = nn.functional.mse_loss(predicted, eps, reduction="none").mean(dim=[1, 2, 3])
         (error * (1 + logsnr.exp()) ** -1).mean().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -197,8 +200,8 @@ def table(seconds: dict[str, float], floor: float, chosen: argparse.Namespace, p
     ours, theirs = seconds["ours"], seconds["reference"]
     cached, encoding = ours + seconds["cache"], theirs + seconds["encoders"]
     rows = [
-        f"{processor(CPU)}, {chosen.threads} thread(s), float32, {parameters / 1e6:.0f} M parameters, "
-        f"batch {chosen.batch}",
+        f"{processor(CPU)}, {chosen.threads} thread(s), {chosen.precision}, "
+        f"{parameters / 1e6:.0f} M parameters, batch {chosen.batch}",
         "",
         "| | triptych | reference | ratio |",
         "|---|---|---|---|",

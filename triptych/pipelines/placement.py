@@ -33,6 +33,7 @@ Weights = Literal["resident", "narrow", "int8", "streamed"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_SIDE = 192  # a matmul of this side takes 0.2 ms in float32, and 10 ms where bfloat16 is emulated
+PRODUCT_SIDE = 512  # of a matmul as long as a network's own, for which units of a processor are made
 PROBE_RUNS = 6  # the first one also pays for starting the library
 LINE = 32  # numbers: one cache line, or two
 PROBE_GAIN = 1.3  # how much faster bfloat16 must be before its rounding is worth it
@@ -72,12 +73,26 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if _bfloat16_gain(device.type) > PROBE_GAIN else torch.float32
+    return torch.bfloat16 if bfloat16_gain(device) > PROBE_GAIN else torch.float32
+
+
+def bfloat16_gain(device: torch.device) -> float:
+    """How many times faster than float32 the device multiplies matrices of a network's size in bfloat16.
+
+    Tried for some milliseconds, and where the gain of small ones is none, with small ones alone: emulated
+    products take a second. 0 where bfloat16 does not run.
+    """
+    small = _bfloat16_gain(device.type)
+    return small if small <= PROBE_GAIN else _measure_gain(device.type, PRODUCT_SIDE)
 
 
 @lru_cache(maxsize=8)
 def _bfloat16_gain(device_type: str) -> float:
-    """How many times faster than float32 a small bfloat16 matmul runs; 0 where it does not run.
+    return _measure_gain(device_type, PROBE_SIDE)
+
+
+def _measure_gain(device_type: str, side: int) -> float:
+    """How many times faster than float32 a bfloat16 matmul of this side runs; 0 where it does not run.
 
     On a CPU one thread is measured: several wait for each other, and on a busy machine that wait can make
     float32, the one that uses them all, look slower than an emulation that does not.
@@ -89,7 +104,7 @@ def _bfloat16_gain(device_type: str) -> float:
             torch.set_num_threads(1)
         for _ in range(PROBE_RUNS):  # in turn, so that a pause of the machine hits both
             for dtype in best:
-                best[dtype] = min(best[dtype], _matmul_seconds(dtype, device_type))
+                best[dtype] = min(best[dtype], _matmul_seconds(dtype, device_type, side))
     except (RuntimeError, TypeError):
         return 0.0
     finally:
@@ -97,8 +112,8 @@ def _bfloat16_gain(device_type: str) -> float:
     return best[torch.float32] / best[torch.bfloat16]
 
 
-def _matmul_seconds(dtype: torch.dtype, device_type: str) -> float:
-    side = PROBE_SIDE if device_type == "cpu" else 8 * PROBE_SIDE
+def _matmul_seconds(dtype: torch.dtype, device_type: str, side: int) -> float:
+    side = side if device_type == "cpu" else 8 * side
     matrix = torch.ones(side, side, dtype=dtype, device=device_type)
     start = time.perf_counter()
     total = (matrix @ matrix)[0, 0].item()  # reading a number waits for an accelerator

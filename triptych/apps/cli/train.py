@@ -45,6 +45,7 @@ ORDER = (
     "controlnet",
 )  # B and C need the others' weights
 QUIET_SECONDS = 30.0  # between two lines where there is no terminal
+WORTH_SAYING = 3.0  # how much faster products must be in bfloat16; what is not a product stays as it is
 
 
 def train(
@@ -103,6 +104,7 @@ def train(
         )
         if os.environ.get("RANK", "0") == "0":
             tell_plan(settings)
+            tell_precision(settings)
         try:
             with stop_on_signals() as stop, shown_progress() as watch:
                 folder = run(settings, watch, stop)
@@ -134,6 +136,26 @@ def tell_plan(settings: RunSettings) -> None:
     largest = sorted(plan.parts.items(), key=lambda part: -part[1])[:2]
     told = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in largest)
     typer.echo(f"Expected memory: {plan.total / 2**30:.2f} GiB ({told}); --plan shows all parts", err=True)
+
+
+def tell_precision(settings: RunSettings) -> None:
+    """That this machine would train much faster in bfloat16, where it would. The setting is not changed by
+    itself: a run must not depend on the machine it is begun on."""
+    from triptych.errors import TriptychError
+    from triptych.pipelines.placement import bfloat16_gain, choose_device
+
+    if settings.precision != "float32":
+        return
+    try:
+        gain = bfloat16_gain(choose_device(settings.device))
+    except TriptychError:  # the run itself says what is wrong
+        return
+    if gain >= WORTH_SAYING:
+        typer.echo(
+            f"Products of matrices are {gain:.0f} times faster in bfloat16 here: --set precision=bfloat16 "
+            "uses that",
+            err=True,
+        )
 
 
 def recipe_files(path: Path) -> list[Path]:
