@@ -1,4 +1,4 @@
-"""Attention of small maps in bfloat16, whose gradients torch's kernel is slow to give, is the same attention."""
+"""Attention of small maps in bfloat16, whose gradients torch's kernel gives slowly, is the same attention."""
 
 from __future__ import annotations
 
