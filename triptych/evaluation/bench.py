@@ -45,6 +45,7 @@ STEPS_C, STEPS_B = 20, 10  # of the pipeline that is put together from steps
 GUIDANCE = 4.0
 TEXT_TOKENS = 77
 FLOOR_PRECISION = 0.01
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # best first
 COMPARED_AT = 0.7  # the time that both networks are told when their outputs are compared
 # diffusers works out 10000 t in the network's precision. Of all times only 0 leaves bfloat16 exact there, and
 # so compares nothing but what the networks do.
@@ -231,8 +232,10 @@ def bench_network(
 
 
 def float32_answer(network: nn.Module, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    """What the plain formulas give in float32 with the weights and inputs of a narrower network. Each layer is
-    wide only while it runs: a second network would take twice the memory of the first."""
+    """What the plain formulas give in float32 with the weights and inputs of a narrower network.
+
+    Each layer is wide only while it runs: a second network would take twice the memory of the first.
+    """
 
     def widen(layer: nn.Module, *_: Any) -> None:
         for name, parameter in layer.named_parameters(recurse=False):
@@ -467,16 +470,17 @@ def synchronise(device: torch.device) -> None:
 
 
 def processor(device: torch.device) -> str:
-    """The name of what computes."""
+    """The name of what computes, and the widest units of a processor that tells them."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = told.get("flags", "").split()
+    units = next((f" with {unit}" for flag, unit in UNITS.items() if flag in flags), "")
+    return (told.get("model name") or platform.processor() or platform.machine()) + units
 
 
 @contextmanager

@@ -29,14 +29,16 @@ Examples:
 
   triptych bench --quick --without fused --without once
 
-  triptych bench --into docs/performance.md
+  triptych bench --into docs/performance.md --mark "bench bfloat16"
 
 Networks have random weights at full size (1B and 700M), so nothing is downloaded. A ratio of 1.2 means that
 diffusers takes 1.2 times as long; the floor is the matrix products and attention alone. --quick lowers the
 depth of the networks, --full runs every step of the pipeline. Among what makes triptych faster, --without
 switches off `once` (conditions are read once per picture), `fused` (blocks work in place, in spans), `share`
 (branches of guidance share what is equal) or `together` (both branches in one batch). --into writes the
-table between the marks <!-- bench --> and <!-- end of bench --> of a page. Needs diffusers (extra `test`).
+table between the marks <!-- bench --> and <!-- end of bench --> of a page, or those that --mark names: one
+table for each machine and precision. Below float32, a column tells how far each program is from what float32
+gives with the same weights. Needs diffusers (extra `test`).
 """
 
 QUICK_SIDE = 512
@@ -58,6 +60,7 @@ def bench(
         list[str] | None, Option(help="Switch off once, fused, share or together; may be repeated.")
     ] = None,
     into: Annotated[Path | None, Option(help="Put the table into this page, between its two marks.")] = None,
+    mark: Annotated[str, Option(help="What the marks say, where a page has several tables.")] = "bench",
     markdown: Annotated[bool, Option("--markdown", help="Print the table that --into writes.")] = False,
     json_output: Annotated[bool, Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
@@ -73,7 +76,7 @@ def bench(
         raise RequestError(f"A side of {side} pixels cannot be measured; take a multiple of 128.")
     speed = switched_off(without or [])
     if into is not None:
-        put_table(into, "bench", None)  # a page without marks is known before an hour of measuring, not after
+        put_table(into, mark, None)  # a page without marks is known before an hour of measuring, not after
     plan = Plan(
         side, repeats, reduced=quick, whole=full, compiled=compiled, loading=not no_loading, speed=speed
     )
@@ -82,7 +85,7 @@ def bench(
             plan, where, choose_dtype(dtype, where), lambda text: print(text, file=sys.stderr, flush=True)
         )
     if into is not None:
-        put_table(into, "bench", table(result))
+        put_table(into, mark, table(result))
     if json_output:
         typer.echo(json.dumps(result.as_json(), indent=1))
     elif markdown:
@@ -172,7 +175,9 @@ def show(result: Bench) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(*columns(result), caption=f"{describe(result)}; peak memory {result.peak_bytes / 2**30:.1f} GiB")
+    shown = Table(
+        *columns(result), caption=f"{describe(result)}; peak memory {result.peak_bytes / 2**30:.1f} GiB"
+    )
     for row in rows(result):
         shown.add_row(*row)
     Console().print(shown)
