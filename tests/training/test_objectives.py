@@ -130,6 +130,21 @@ def told_to_stage_c(settings: RunSettings, encoded: Encoded, encoders: Encoders)
     return tuple(seen)
 
 
+def test_times_crowd_towards_noise_by_their_power(model: Path, pictures: Path, tmp_path: Path) -> None:
+    text = load_text_encoder(model / "text_encoder.safetensors")
+    encoded = Encoded(torch.zeros(64, 16, 1, 1), None, *text.encode(["a star"] * 64), None)
+    published, crowded = (
+        told_to_stage_c(
+            settings(model, pictures, tmp_path, diffusion={"time_power": power}), encoded, Encoders(text=text)
+        )[1]
+        for power in (1.0, 0.15)
+    )
+    torch.testing.assert_close(
+        crowded, published**0.15, rtol=0, atol=0.01
+    )  # the schedule ends before 0 and 1
+    assert published.median() < 0.6 < 0.85 < crowded.median()
+
+
 def test_conditions_are_left_out_by_their_shares(model: Path, pictures: Path, tmp_path: Path) -> None:
     text = load_text_encoder(model / "text_encoder.safetensors")
     hidden, pooled = text.encode(["a red star"] * 400)

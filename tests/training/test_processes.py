@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,9 +57,7 @@ def one_of(
 
 
 def run_together(world: int, call: Callable[[RunSettings], None], settings: RunSettings) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     begun = multiprocessing.get_context("forkserver")
     begun.set_forkserver_preload(["triptych.training.recipes", "triptych.training.loop"])
     processes = [
@@ -66,6 +68,12 @@ def run_together(world: int, call: Callable[[RunSettings], None], settings: RunS
     for process in processes:
         process.join(240)
         assert process.exitcode == 0
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def log_lines(out: Path) -> list[dict]:
@@ -136,3 +144,33 @@ def test_what_cannot_be_shared_out_is_refused(changes: dict, message: str, tmp_p
     with pytest.raises(SettingsError) as caught:
         check_shares(small_settings(tmp_path, **changes), 4)
     assert message in str(caught.value)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+ONE_MACHINE, TWO_MACHINES = re.findall(r"^torchrun .*$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [ONE_MACHINE, TWO_MACHINES], ids=["one machine", "two machines"])
+def test_the_commands_of_the_page_train_in_two_processes(command: str, tmp_path: Path) -> None:
+    """Two processes in place of eight, or two launchers of one each in place of two machines."""
+    machines = 1 if command == ONE_MACHINE else 2
+    command = command.replace("--nproc-per-node 8", f"--nproc-per-node {2 // machines}")
+    command = command.replace("HOST:29500", f"127.0.0.1:{free_port()}")
+    command = command.replace("run.toml", (RECIPES / "stage_c.toml").as_posix())
+    changes = ("device=cpu", f"out={tmp_path.as_posix()}", "steps=2", "batch=4", "data.size=64",
+               "log_every=1", "sample_every=2", "tensorboard=false")  # fmt: skip
+    name, *arguments = shlex.split(command) + [word for change in changes for word in ("--set", change)]
+    assert name == "torchrun"
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(machines)
+    ]  # fmt: skip
+    for launcher in launchers:
+        _, said = launcher.communicate(timeout=240)
+        assert launcher.returncode == 0, said
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2]
+    assert (tmp_path / "stage_c.safetensors").is_file()

@@ -1,4 +1,9 @@
-"""AdamW whose two running averages take a byte a number each, in plain tensor operations for any device."""
+"""AdamW whose two running averages take a byte a number each, in plain tensor operations for any device.
+
+torchao's compiles every update, for which a CPU needs a C++ compiler at hand, widens a parameter and both
+averages whole, and keeps them in tensors of its own class. Here they are plain tensors, which a checkpoint
+holds as they are, and pieces of a parameter are widened in turn, as the plan counts on.
+"""
 
 from __future__ import annotations
 

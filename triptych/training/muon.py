@@ -107,7 +107,11 @@ def is_matrix(p: Tensor) -> bool:
 
 def leave_to_adamw(module: nn.Module) -> None:
     """Have AdamW move the matrices of a module. Wide ones that run once a sample, say, take less time to run
-    than to be made orthogonal."""
+    than to be made orthogonal.
+
+    The mark is on the parameters, which keep it when their values move or narrow. Splitting a network over
+    processes would replace them; Muon needs whole matrices and is refused there (`check_shares`).
+    """
     for parameter in module.parameters():
         parameter.adamw = True  # type: ignore[attr-defined]
 
