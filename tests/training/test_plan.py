@@ -73,8 +73,9 @@ def measured(settings: RunSettings) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads private memory from /proc")
-def test_the_measured_peak_is_within_15_percent_of_the_plan(tmp_path: Path) -> None:
-    settings = run_settings(tmp_path)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_measured_peak_is_within_15_percent_of_the_plan(checkpointing: bool, tmp_path: Path) -> None:
+    settings = run_settings(tmp_path, checkpointing=checkpointing)
     plan = plan_memory(settings)
     assert measured(settings) == pytest.approx(plan.total, rel=0.15), show_plan(plan)
 
