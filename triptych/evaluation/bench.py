@@ -2,8 +2,8 @@
 
 A contender is a function that does one step of a stage. Contenders take turns, so a slow moment of the
 machine meets all of them, and their outputs are compared in the same run. Times are medians, on one thread of
-a CPU in seconds of the processor, which other work does not count in; ratios are theirs over ours, so larger is
-better for us. The floor (see floor.py) is measured in between.
+a CPU in seconds of the processor, which other work does not count in; ratios are theirs over ours, so larger
+is better for us. The floor (see floor.py) is measured in between.
 """
 
 from __future__ import annotations
