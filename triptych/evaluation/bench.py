@@ -1,8 +1,9 @@
 """Our network and sampling loop against diffusers': same weights, inputs, precision and threads, in turn.
 
 A contender is a function that does one step of a stage. Contenders take turns, so a slow moment of the
-machine meets all of them, and their outputs are compared in the same run. Times are medians; ratios are
-theirs over ours, so larger is better for us. The floor (see floor.py) is measured in between.
+machine meets all of them, and their outputs are compared in the same run. Times are medians, on one thread of
+a CPU in seconds of the processor, which other work does not count in; ratios are theirs over ours, so larger
+is better for us. The floor (see floor.py) is measured in between.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def bench_network(
     measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device, progress)
     plain = Scratch(once=False, fused=False)
     products = record_products(lambda: ours(doubled, told, **cond, scratch=plain))
-    measured.floor = time_products(products, lambda: synchronise(x.device))
+    measured.floor = time_products(products, lambda: synchronise(x.device), clock_for(x.device))
     measured.difference = difference
     measured.errors = errors
     return measured
@@ -324,7 +325,7 @@ def bench_stage_a(plan: Plan, device: torch.device, progress: Progress) -> Measu
     }
     measured = take_turns(contenders, plan.repeats, device, progress)
     products = record_products(lambda: ours.decode(latents, fused=False))
-    measured.floor = time_products(products, lambda: synchronise(device))
+    measured.floor = time_products(products, lambda: synchronise(device), clock_for(device))
     measured.difference = difference
     return measured
 
@@ -365,14 +366,15 @@ def take_turns(
 ) -> Measured:
     """Seconds of one `next` of each contender, in turn. Each has run once before."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    clock = clock_for(device)
     with torch.no_grad():
         for turn in range(repeats):
             for name, contender in contenders.items():
                 synchronise(device)
-                start = time.perf_counter()
+                start = clock()
                 next(contender)
                 synchronise(device)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
             taken = ", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items())
             progress(f"  {turn + 1} of {repeats}: {taken}")
     medians = {name: median(times) for name, times in seconds.items()}
@@ -460,6 +462,12 @@ def import_theirs() -> Theirs:
     except ImportError:
         raise MissingExtra("diffusers", "test", "Measuring against diffusers") from None
     return Theirs(StableCascadeUNet, vqgan, DDPMWuerstchenScheduler)
+
+
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds of the processor where one thread does everything, else those on the wall."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
 
 
 def synchronise(device: torch.device) -> None:

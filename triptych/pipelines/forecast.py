@@ -92,7 +92,6 @@ def _published(
         "stage_c": trunk_working(stage_c, *latents_c, 1, item),
         "stage_b": trunk_working(stage_b, *latents_b, 1, item),
     }
-    decoded = (STAGE_A["full"], height, width, device.type)
     tower = TOWER_PARAMETERS["text_encoder"]
     needs = [
         Need(
@@ -102,8 +101,8 @@ def _published(
         need_of("stage_c", shapes["stage_c"], STORED, working["stage_c"], item, mapped),
         need_of("stage_b", shapes["stage_b"], STORED, working["stage_b"], item, mapped),
         need_of(
-            "stage_a", shapes["stage_a"], 4, decode_working(*decoded, alone=False), mapped=on_cpu,
-            tiles=decode_tiles(*decoded, alone=False),
+            "stage_a", shapes["stage_a"], 4, decode_working(STAGE_A["full"], height, width, device.type),
+            mapped=on_cpu, tiles=decode_tiles(STAGE_A["full"], height, width, device.type),
         ),
     ]  # fmt: skip
     operations = _operations(stage_c, stage_b, latents_c, latents_b, settings["stage_c"], settings["stage_b"])

@@ -25,7 +25,7 @@ from triptych.pipelines.tiles import Tile, widened
 
 GUIDED = 2  # both branches of guidance run as one batch
 LIBRARIES = 96 * 2**20  # what matrix and convolution libraries keep for themselves once they have run
-DECODE_LIBRARIES = 10 * 2**20  # the same where only Stage A has run, on a CPU
+DECODE_LIBRARIES = 10 * 2**20  # the same where only Stage A runs, on a CPU
 TILE_SIDES = (1024, 512, 256, 128, 64, 32)  # latents; Stage A's tiles are tried in this order
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # float16 is rescaled first, which makes a copy
 
@@ -159,11 +159,8 @@ def trunk_kept(config: TrunkConfig, height: int, width: int, pictures: int, toke
     return branches * (2 * tokens * attentions + tokens * config.cond_width + inputs) * item
 
 
-def decode_working(
-    config: StageAConfig, height: int, width: int, device: str = "cpu", alone: bool = True
-) -> int:
+def decode_working(config: StageAConfig, height: int, width: int, device: str = "cpu") -> int:
     """Bytes Stage A works in to decode `height` x `width` pixels, in float32, the finished pixels included.
-    Unless it is `alone` in its process, libraries still hold what they took for the stages before.
 
     The fullest moment is the last doubling: the inner map and the outer one. Accelerators are counted with
     copies of both, in the layout that the convolution computes in.
@@ -173,12 +170,11 @@ def decode_working(
     outer = inner * 2 if config.levels > 1 else 0
     if device != "cpu":
         return (2 * inner + 2 * outer + 4 * height * width * 3) * 4 + LIBRARIES
-    libraries = DECODE_LIBRARIES if alone else LIBRARIES
-    return (inner + outer + height * width * 3) * 4 + spans_of_threads() + libraries
+    return (inner + outer + height * width * 3) * 4 + spans_of_threads() + DECODE_LIBRARIES
 
 
 def decode_tiles(
-    config: StageAConfig, height: int, width: int, device: str = "cpu", alone: bool = True
+    config: StageAConfig, height: int, width: int, device: str = "cpu"
 ) -> tuple[tuple[Tile, int], ...]:
     """Tiles for the decode of `height` x `width` pixels, each with its bytes, largest first."""
     factor = 2**config.levels
@@ -188,7 +184,7 @@ def decode_tiles(
         tile = (min(side, rows), min(side, columns))
         if tile != (rows, columns):
             around = widened(config, tile, rows, columns)
-            working = decode_working(config, factor * around[0], factor * around[1], device, alone)
+            working = decode_working(config, factor * around[0], factor * around[1], device)
             found[tile] = working + 2 * height * width * 3 * 4
     return tuple(found.items())
 

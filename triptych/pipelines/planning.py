@@ -65,18 +65,17 @@ def needs_of(parts: Parts, request: Request, planned: Sequence[str] = PLANNED) -
     stage_b = StageBConfig(**parts.info("stage_b").config)
     stage_a = StageAConfig(**parts.info("stage_a").config)
     shapes = {part: parts.shapes(part) for part in planned}
-    alone = tuple(planned) == ("stage_a",)
     working = {
         "text_encoder": text_working(shapes.get("text_encoder", {}), item),
         "stage_c": trunk_working(stage_c, *parts.size_c(height, width), pictures, item),
         "stage_b": trunk_working(stage_b, *latent_size_b(height, width), pictures, item),
-        "stage_a": decode_working(stage_a, height, width, parts.device.type, alone),
+        "stage_a": decode_working(stage_a, height, width, parts.device.type),
     }
     kept = {
         "stage_c": trunk_kept(stage_c, *parts.size_c(height, width), pictures, TOKENS_C, item),
         "stage_b": trunk_kept(stage_b, *latent_size_b(height, width), pictures, TOKENS_B, item),
     }
-    tiles = {"stage_a": decode_tiles(stage_a, height, width, parts.device.type, alone)}
+    tiles = {"stage_a": decode_tiles(stage_a, height, width, parts.device.type)}
     needs = [
         measure(
             part,

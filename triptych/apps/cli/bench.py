@@ -152,8 +152,10 @@ def rows(result: Bench) -> list[list[str]]:
 
 def table(result: Bench) -> str:
     """The result as a Markdown table with the machine above it."""
+    alone = "one thread (seconds of the processor)" if result.device == "cpu" else "one thread"
+    threads = alone if result.threads == 1 else f"{result.threads} threads"
     lines = [
-        f"{result.machine['processor']}, {result.threads} threads, {result.dtype} on {result.device}, "
+        f"{result.machine['processor']}, {threads}, {result.dtype} on {result.device}, "
         f"torch {result.machine['torch']}; {describe(result)}.",
         "",
         "| " + " | ".join(columns(result)) + " |",
