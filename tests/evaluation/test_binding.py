@@ -19,7 +19,9 @@ from triptych.pipelines.cascade import Cascade
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
-    return Cascade.load(str(write_tiny_cascade(tmp_path_factory.mktemp("model"))), device="cpu", dtype="float32")
+    return Cascade.load(
+        str(write_tiny_cascade(tmp_path_factory.mktemp("model"))), device="cpu", dtype="float32"
+    )
 
 
 def test_exchanged_captions_have_the_same_words_in_other_places() -> None:
