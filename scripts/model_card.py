@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,12 +94,17 @@ def main() -> None:
 
 
 def measure(name: str, runs: Path, data: Path, seeds: int) -> str:
-    """Run one evaluation, on one core."""
+    """Run one evaluation."""
     words = EVALUATIONS[name].replace("val.tar", str(data.resolve())).split()
     words += ["--seeds", str(seeds)] if name in SEEDED and seeds > 1 else []
-    command = [sys.executable, "-m", "triptych.apps.cli.main", "evaluate", *words, "--out", str(runs / name)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_evaluation(words, runs / name)
     return name
+
+
+def run_evaluation(words: Sequence[str], out: Path) -> None:
+    """`triptych evaluate` with these words, in a process of its own that uses one core."""
+    command = [sys.executable, "-m", "triptych.apps.cli.main", "evaluate", *words, "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def read(runs: Path) -> dict[str, dict[str, dict[str, float]]]:

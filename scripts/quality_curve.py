@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from model_card import run_evaluation
 
 from triptych.checkpoints.files import write_atomically
 from triptych.evaluation.charts import curve_plot
@@ -56,20 +55,9 @@ def main() -> None:
 
 
 def measure(job: tuple[str, str, Path]) -> tuple[str, str, Path]:
-    """Run one evaluation, on one core."""
+    """Run one evaluation."""
     what, path, out = job
-    command = [
-        sys.executable,
-        "-m",
-        "triptych.apps.cli.main",
-        "evaluate",
-        what,
-        "--stage-c",
-        path,
-        "--out",
-        str(out),
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_evaluation([what, "--stage-c", path], out)
     return job
 
 

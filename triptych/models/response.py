@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triptych.models.fused import column_energies
+
 SPAN = 2**18  # numbers of a map worked on at once on a CPU: 1 MiB of float32
 
 
@@ -27,7 +29,7 @@ class Response(torch.autograd.Function):
         rows = x.flatten(1, 2)
         energy = torch.zeros(len(rows), rows.shape[2], dtype=torch.float32, device=x.device)
         for part in spans(rows):
-            energy[part[0]] += squares(rows[part])
+            energy[part[0]] += column_energies(rows[part])
         energy = energy.sqrt_()
         ctx.save_for_backward(x, gamma, energy)
         ctx.eps = eps
@@ -69,8 +71,3 @@ def spans(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     for sample in range(0, batch, together):
         for start in range(0, count, step):
             yield slice(sample, min(sample + together, batch)), slice(start, min(start + step, count))
-
-
-def squares(rows: Tensor) -> Tensor:
-    """Sums of squares over the middle axis of rows (B, n, C), float32: those of float16 overflow."""
-    return rows.float().square_().sum(1) if rows.dtype != torch.float32 else (rows * rows).sum(1)

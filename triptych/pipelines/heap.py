@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
@@ -31,12 +32,7 @@ def keep_heap_small(device: torch.device) -> None:
     them for later, between others that stay, and the heap grows past what is used by half and more: a LoRA's
     step on the 1B took 4.5 GiB in place of 3.0. Fresh pages cost little beside a wide block's arithmetic.
     """
-    if device.type == "cpu":
-        with suppress(OSError, AttributeError):
-            library = ctypes.CDLL(None)
-            library.mallopt(MMAP_MAX, MOST_PIECES)
-            library.mallopt(MMAP_THRESHOLD, OWN_PAGES)
-            library.mallopt(TRIM_THRESHOLD, 0)
+    tell_heap(device, {MMAP_MAX: MOST_PIECES, MMAP_THRESHOLD: OWN_PAGES, TRIM_THRESHOLD: 0})
 
 
 def keep_heap_warm(device: torch.device) -> None:
@@ -45,8 +41,13 @@ def keep_heap_warm(device: torch.device) -> None:
     Otherwise every map of more than 32 MiB gets fresh pages from the system, one by one, at every update: a
     third of the time of a small network, where processors multiply in bfloat16.
     """
+    tell_heap(device, {MMAP_MAX: 0, TRIM_THRESHOLD: NEVER_TRIM})
+
+
+def tell_heap(device: torch.device, settings: Mapping[int, int]) -> None:
+    """Change settings of the C library's heap, where there is a CPU whose library has them."""
     if device.type == "cpu":
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(None)
-            library.mallopt(MMAP_MAX, 0)
-            library.mallopt(TRIM_THRESHOLD, NEVER_TRIM)
+            for number, value in settings.items():
+                library.mallopt(number, value)

@@ -73,7 +73,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if bfloat16_gain(device) > PROBE_GAIN else torch.float32
+    return torch.bfloat16 if _bfloat16_gain(device.type) > PROBE_GAIN else torch.float32
 
 
 def bfloat16_gain(device: torch.device) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.checkpoints.int8 import LARGEST
-from triptych.pipelines.heap import keep_heap_small, keep_heap_warm
+from triptych.pipelines.heap import keep_heap_small
 from triptych.pipelines.placement import blocks_of
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 Storage = Literal["float32", "bfloat16", "int8"]
 
 
-def save_memory(settings: RunSettings, trunks: Iterable[nn.Module], device: torch.device) -> None:
-    """Do to networks what the settings of a run ask for; without a wish, memory is spent for speed."""
-    if settings.weights == "float32" and not settings.checkpointing:
-        keep_heap_warm(device)
+def save_memory(settings: RunSettings, trunks: Iterable[nn.Module]) -> None:
+    """Do to networks what the settings of a run ask for."""
     for trunk in trunks:
         if settings.weights != "float32":
             store_blocks(trunk, settings.weights)

@@ -20,6 +20,7 @@ import torch
 
 from triptych.data.batches import stream
 from triptych.errors import TrainingError
+from triptych.pipelines.heap import keep_heap_warm
 from triptych.training.checkpointing import save_memory
 from triptych.training.config import RunSettings
 from triptych.training.draws import DROPOUT, Draws, key
@@ -123,13 +124,15 @@ def train_task(
     averages = dict(task.networks)
     if settings.ema.enabled:
         averages = {part: copy.deepcopy(net).eval().requires_grad_(False) for part, net in averages.items()}
-    save_memory(settings, task.trunks, device)
+    save_memory(settings, task.trunks)
+    if not settings.checkpointing:  # narrow weights come with it
+        keep_heap_warm(device)
     if settings.shard and world() > 1:
         shard_networks(dict.fromkeys([*task.trained.values(), *averages.values()]), device)
     optimizers, gradients = {}, {}
+    narrow = settings.precision == "bfloat16"
     for player, parts in task.players.items():
         parameters = [p for part in parts for p in task.trained[part].parameters()]
-        narrow = settings.precision == "bfloat16"
         optimizers[player] = build_optimizer(parameters, settings.optim, narrow)
         if world() > 1 and not settings.shard:  # split networks average theirs by themselves
             gradients[player] = AveragedGradients([p for p in parameters if p.requires_grad])
