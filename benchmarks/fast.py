@@ -2,14 +2,16 @@
 
     python benchmarks/fast.py --out runs/fast                  # makes and judges, one file a setting
     python benchmarks/fast.py --out runs/fast --only fast plain-10-10
-    python benchmarks/fast.py --out runs/fast --into docs/performance.md
+    python benchmarks/fast.py --students runs/mini --times bench.json --into docs/performance.md
     python benchmarks/fast.py --shares                         # deep share of a pass at full size, measured
+    python benchmarks/fast.py --whole                          # fast at full size, noise to pixels
 
 A setting draws the same prompts from the same noise as the full one. Told of each: how many pictures are
 right by the shapes judge, with a Wilson interval; the share lost or won against the full setting, with the
 interval of paired shares; the distance of MobileNetV2's features to the full setting's pictures; and what the
-work comes to on the published 1B and 700M at 1024x1024, put together from the step times that stand in
-docs/performance.md and the passes counted here. What was judged before is not made again.
+work comes to on the published 1B and 700M at 1024x1024, put together from step times (--times: the file that
+`triptych bench --json` wrote) and the passes counted here. Rows of students need --students, the folder in
+which recipes/mini/lora_guidance.toml and lora_lcm.toml wrote theirs. Nothing is judged a second time.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import random_batch, write_pair
 from torch import nn
 
 from triptych import Cascade
@@ -44,9 +48,14 @@ from triptych.models.stage_b import STAGE_B, StageB
 from triptych.models.stage_c import STAGE_C, StageC
 from triptych.pipelines.fast import FAST
 from triptych.pipelines.inputs import NOTHING, Inputs
+from triptych.pipelines.parts import Parts
+from triptych.pipelines.placement import choose_device, choose_dtype
+from triptych.pipelines.request import Request
+from triptych.pipelines.stages import Run
 
 FULL = "full"
 BASE = {"steps": 20, "decoder_steps": 10}  # the published settings, whatever the defaults of a model are
+GUIDED, LCM = "lora_guidance/guided.safetensors", "lora_lcm/lcm.safetensors"  # under --students
 SETTINGS: dict[str, dict[str, Any]] = {
     FULL: {},
     "fast": FAST,
@@ -61,13 +70,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Stage B: plain, 3 steps": {"decoder_steps": 3},
     "Stage B: dpmpp_2m, 3 steps": {"decoder_steps": 3, "decoder_sampler": "dpmpp_2m"},
     "Stage B: deep levels every 4th step": {"decoder_reuse": 4},
+    "guidance student, 20 steps": {"lora": (GUIDED,), "guidance": 1.0},
+    "no guidance, 20 steps": {"guidance": 1.0},
+    "lcm student, 4 steps": {"lora": (LCM,), "guidance": 1.0, "steps": 4, "sampler": "lcm"},
+    "lcm student, 4 + 3 steps": {
+        "lora": (LCM,),
+        "guidance": 1.0,
+        "steps": 4,
+        "sampler": "lcm",
+        "decoder_steps": 3,
+    },
+    "plain, 4 steps": {"steps": 4},
+    "plain, 4 steps, no guidance": {"steps": 4, "guidance": 1.0},
     "full, other noise": {"seed": 1},
 }
-# Seconds on the machine of docs/performance.md's table: a guided step of Stage C, a step of Stage B, Stage A.
-OURS = {"stage_c": 18.7, "stage_b": 20.7, "stage_a": 19.7}
-THEIRS = 718.0  # diffusers: 20 guided steps of Stage C, 10 of Stage B, Stage A
 # Share of the arithmetic of a pass that lies in the deep levels, counted; --shares takes the time of both.
 DEEP = {"stage_c": 0.75, "stage_b": 0.77}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds on the 1B and 700M at 1024x1024: a guided step of Stage C, a step of Stage B, Stage A, and the
+    pipeline of diffusers: 20 guided steps, 10 steps and Stage A. As they are: AVX2, float32, two threads."""
+
+    stage_c: float = 18.7
+    stage_b: float = 20.7
+    stage_a: float = 19.7
+    diffusers: float = 718.0
+
+    @classmethod
+    def read(cls, path: Path) -> Times:
+        """Those of a file that `triptych bench --json` wrote."""
+        seconds = json.loads(path.read_text())["seconds"]
+        own = [seconds[case]["triptych"] for case in ("stage_c_step", "stage_b_step", "stage_a_decode")]
+        return cls(*own, seconds["pipeline"]["diffusers"])
 
 
 def main() -> None:
@@ -78,20 +114,33 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--into", type=Path, help="write the table between the marks of this file")
+    parser.add_argument("--students", type=Path, help="folder of the two students' runs")
+    parser.add_argument("--times", type=Path, help="what `triptych bench --json` wrote")
     parser.add_argument("--shares", action="store_true")
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("runs/fast"), help="random weights of --whole")
     told = parser.parse_args()
     torch.set_num_threads(told.threads)
     if told.shares:
         measure_shares()
         return
+    if told.whole:
+        measure_whole(told.folder)
+        return
+    times = Times() if told.times is None else Times.read(told.times)
     told.out.mkdir(parents=True, exist_ok=True)
     cascade = Cascade.load(told.model)
     for name in told.only:
+        settings = {**SETTINGS[name]}
+        if "lora" in settings:
+            if told.students is None:
+                continue
+            settings["lora"] = tuple(str(told.students / file) for file in settings["lora"])
         if not stored(told.out, name).is_file():
-            judged = judge(cascade, name, told.out, told.prompts)
+            judged = judge(cascade, name, settings, told.out, told.prompts)
             stored(told.out, name).write_text(json.dumps(judged))
             print(f"{name}: {sum(judged['right'])} of {len(judged['right'])} right", flush=True)
-    text = table(told.out, weights_name(cascade))
+    text = table(told.out, weights_name(cascade), times)
     print(text)
     if told.into is not None:
         put_table(told.into, "fast", text)
@@ -110,10 +159,9 @@ def weights_name(cascade: Cascade) -> str:
     return f"Stage C {digests[0]}, Stage B {digests[1]}"
 
 
-def judge(cascade: Cascade, name: str, out: Path, count: int) -> dict[str, Any]:
+def judge(cascade: Cascade, name: str, settings: dict[str, Any], out: Path, count: int) -> dict[str, Any]:
     """Make and judge the pictures of a setting; features and latents go into files beside the answer."""
     prompts = shapes_prompts()["shapes_single"][:count]
-    settings = {**SETTINGS[name]}
     first = settings.pop("seed", 0) * SEED_STRIDE
     inputs = NOTHING
     kept = stored(out, FULL).with_suffix(".safetensors")
@@ -167,18 +215,18 @@ def counted(cascade: Cascade) -> Iterator[Counter[str]]:
             handle.remove()
 
 
-def composed(name: str, passes: dict[str, float], full: dict[str, float]) -> float:
+def composed(name: str, passes: dict[str, float], full: dict[str, float], times: Times) -> float:
     """Seconds on the 1B and 700M, of the passes of a picture; two passes of Stage C are a guided step."""
     if SETTINGS[name].get("draft"):
-        return full["stage_c"] * OURS["stage_c"] / 2
-    total = OURS["stage_a"]
-    for part, each in (("stage_c", OURS["stage_c"] / 2), ("stage_b", OURS["stage_b"])):
+        return full["stage_c"] * times.stage_c / 2
+    total = times.stage_a
+    for part, each in (("stage_c", times.stage_c / 2), ("stage_b", times.stage_b)):
         own = passes if part in passes else full
         total += each * ((1 - DEEP[part]) * own[part] + DEEP[part] * own[f"{part} deep"])
     return total
 
 
-def table(out: Path, weights: str) -> str:
+def table(out: Path, weights: str, times: Times) -> str:
     """A row for every setting that was judged."""
     found = {
         name: json.loads(stored(out, name).read_text()) for name in SETTINGS if stored(out, name).is_file()
@@ -197,14 +245,14 @@ def table(out: Path, weights: str) -> str:
         right = wilson(sum(judged["right"]), len(judged["right"]))
         change = paired_shares(full["right"], judged["right"])
         far = mean_interval(mobilenet_paired_distance(features[name], features[FULL]).tolist())
-        seconds = composed(name, judged["passes"], full["passes"])
+        seconds = composed(name, judged["passes"], full["passes"], times)
         against = f"{change.value:+.0%} ({change.low:+.0%} to {change.high:+.0%})"
         distance = f"{far.value:.3f} ({far.low:.3f} to {far.high:.3f})"
         if name == FULL:
             against, distance = "", ""
         lines.append(
             f"| {name} | {right.value:.0%} ({right.low:.0%} to {right.high:.0%}) | {against} | {distance} "
-            f"| {seconds:.0f} s | {THEIRS / seconds:.1f} |"
+            f"| {seconds:.0f} s | {times.diffusers / seconds:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -224,6 +272,24 @@ def measure_shares() -> None:
         with torch.no_grad():
             _, _, whole, rest = [timed(call) for _ in range(4)]
         print(f"{part}: whole {whole:.1f} s, the rest {rest:.1f} s, deep {1 - rest / whole:.1%}", flush=True)
+
+
+def measure_whole(folder: Path) -> None:
+    """Seconds from noise to pixels on the 1B and 700M at 1024x1024 with `fast`, on the weights' own device
+    and precision. Weights are random, their files written before and read as a user's are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    request = Request(prompt="", size="1024x1024", batch=1).replaced(
+        seed=1, guidance=4.0, decoder_guidance=1.0, **FAST
+    )
+    device = choose_device("auto")
+    parts = Parts(write_pair("cascade-lite", folder), device, choose_dtype("auto", device))
+    batch, run = random_batch(parts, request), Run(parts, request, NOTHING)
+    with torch.no_grad():
+        for stage in (run.compose, run._stage_b, run._stage_a):
+            start = time.perf_counter()
+            for _ in stage(batch):
+                pass
+            print(f"{stage.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def timed(call: Callable[[], Any]) -> float:

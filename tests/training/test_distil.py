@@ -15,6 +15,7 @@ from triptych import Cascade
 from triptych.checkpoints.load import load_part
 from triptych.diffusion.schedule import Schedule, alpha_sigma
 from triptych.errors import SettingsError
+from triptych.pipelines.request import Request
 from triptych.training.config import LoraSettings, RunSettings, read_settings
 from triptych.training.distil import Told, consistency_loss, guidance_loss
 from triptych.training.loop import train
@@ -133,6 +134,26 @@ def test_the_recipes_write_what_generation_wears(recipe: str, model: Path, tmp_p
     plain = cascade.generate("a red apple", **chosen)
     worn = cascade.generate("a red apple", lora=(wearing,), **chosen)
     assert not torch.equal(plain.latents_c, worn.latents_c)
+
+
+def test_a_student_is_drawn_with_what_its_file_says_unless_told_otherwise(
+    model: Path, tmp_path: Path
+) -> None:
+    student = f"{tmp_path / 'lcm.safetensors'}"
+    changes = ["tensorboard=false", f"lora.model={model}", "data.size=64", "steps=1", "ema.start=1"]
+    train(read_settings(RECIPES / "lora_lcm.toml", [f"out={tmp_path}", *changes]))
+    cascade = Cascade.load(model, device="cpu", dtype="float32")
+
+    def drawn_with(**settings: Any) -> tuple[Any, ...]:
+        resolved = cascade.resolve(Request(prompt="a red apple", model=str(model), **settings))
+        return resolved.steps, resolved.guidance, resolved.sampler
+
+    usual = drawn_with()
+    assert usual != (4, 1.0, "lcm")
+    assert drawn_with(lora=(student,)) == (4, 1.0, "lcm")
+    assert drawn_with(lora=(student,), fast=True) == (4, 1.0, "lcm")
+    assert drawn_with(lora=(student,), steps=2, sampler="ddim") == (2, 1.0, "ddim")
+    assert drawn_with(lora=(f"{student}:0",)) == usual  # a file that is not worn decides nothing
 
 
 def test_what_does_not_go_together_is_told() -> None:

@@ -37,6 +37,8 @@ from triptych.models.lora import FACTORS, Change
 
 TOKEN_PREFIX = "bundle_emb."
 GATE = "only_with_token"  # a setting of our files: prompts without a token of theirs are left as they were
+STUDENT = "sampling"  # a setting of our distilled files: what they are drawn with, by the names below
+STUDENT_SETTINGS = ("steps", "guidance", "sampler")
 OFFICIAL_VECTORS, OFFICIAL_ROWS = "embeddings.embeddings", "embeddings.indices"
 SIZES_BY_WIDTH = {2048: "3.6b", 1536: "1b"}
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"

@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from triptych.checkpoints.lora import Lora, read_lora
+from triptych.checkpoints.headers import part_info, read_header
+from triptych.checkpoints.lora import STUDENT, STUDENT_SETTINGS, Lora, read_lora
 from triptych.errors import CheckpointError, RequestError
 from triptych.models.lora import Change
 
@@ -70,6 +72,26 @@ def split_scale(text: str) -> tuple[Path, float]:
     return (Path(found[1]), float(found[2])) if found else (Path(text), 1.0)
 
 
+def student_sampling(loras: Sequence[str]) -> dict[str, Any]:
+    """Steps, guidance and sampler that distilled files among these say they are drawn with, later ones first.
+
+    Raises CheckpointError for a file that is not there or no safetensors file.
+    """
+    stated: dict[str, Any] = {}
+    for path, scale in map(split_scale, loras):
+        info = part_info(read_header(existing(path)))
+        own = info.settings.get(STUDENT) if info is not None and scale else None
+        if isinstance(own, Mapping):
+            stated |= {name: own[name] for name in STUDENT_SETTINGS if name in own}
+    return stated
+
+
+def existing(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"There is no LoRA file {path}.")
+    return path
+
+
 def stack(loras: Sequence[tuple[Path, float, Lora]], token_width: int) -> Adapters:
     """Several files as one. `token_width` is the width of the text tower's token vectors.
 
@@ -110,9 +132,7 @@ class Wardrobe:
 
     def get(self, path: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Lora:
         """The file at `path`. Raises CheckpointError as `read_lora` does."""
-        if not path.is_file():
-            raise CheckpointError(f"There is no LoRA file {path}.")
-        mark = (path.resolve(), path.stat().st_mtime_ns)
+        mark = (existing(path).resolve(), path.stat().st_mtime_ns)
         if mark not in self._read:
             self._read[mark] = read_lora(path, shapes)
         return self._read[mark]

@@ -25,6 +25,7 @@ from triptych.conditioning.masks import SHOWN_THRESHOLD
 from triptych.errors import RequestError
 from triptych.images import cover, to_pixels
 from triptych.models.stage_b import StageBConfig
+from triptych.pipelines.adapters import student_sampling
 from triptych.pipelines.control import (
     FACTORS,
     Steering,
@@ -428,12 +429,16 @@ def _naming(brought: Sequence[Brought], prompt: str, settings: dict[str, Any]) -
 
 
 def sampling_defaults(settings: dict[str, Any], request: Request) -> dict[str, Any]:
-    """Stage C's settings for a request: guidance is `guidance_with_picture`, where its file has that, when a
-    control or a reference says what to draw. Text has less to add then, and pushed hard it spoils both."""
+    """Stage C's settings for a request.
+
+    Guidance is `guidance_with_picture`, where its file has that, when a control or a reference says what to
+    draw: text has less to add then, and pushed hard it spoils both. A distilled LoRA is drawn as it says.
+    """
     told = bool(request.controls) or any(source.role == REFERENCE for source in request.sources)
-    if not told or "guidance_with_picture" not in settings:
-        return settings
-    return {**settings, "guidance": settings["guidance_with_picture"]}
+    if told and "guidance_with_picture" in settings:
+        settings = {**settings, "guidance": settings["guidance_with_picture"]}
+    student = student_sampling(request.lora)
+    return {**settings, **student, "fast": {**settings.get("fast", {}), **student}}
 
 
 def _last(events: Generator[Event, None, None]) -> Result:

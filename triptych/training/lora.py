@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from triptych.checkpoints.catalog import ModelFiles, find_model
 from triptych.checkpoints.files import PartInfo
 from triptych.checkpoints.load import load_part
-from triptych.checkpoints.lora import GATE, Lora
+from triptych.checkpoints.lora import GATE, STUDENT, STUDENT_SETTINGS, Lora
 from triptych.checkpoints.lora_keys import matrices, split_name
 from triptych.checkpoints.lora_write import write_lora
 from triptych.conditioning.encode import TextEncoder
@@ -313,6 +313,7 @@ def lora_info(settings: RunSettings, base: Base) -> PartInfo:
         told |= {"token": token_name(settings.name), "word": own.word, GATE: own.gate}
     if settings.distil.kind != "none":
         told |= {"distilled": settings.distil.kind, "guidance": settings.distil.guidance}
+        told[STUDENT] = {name: settings.diffusion.sampling[name] for name in STUDENT_SETTINGS}
     return PartInfo(
         "lora", settings=told, recipe=settings.name or settings.recipe, licence="; ".join(licences),
         notice=" ".join(notices), size=stated.size,
