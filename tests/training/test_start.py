@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from published_folders import write_official
 from safetensors.torch import load_file, save_file
 
-from triptych.checkpoints.files import read_tensors
-from triptych.checkpoints.load import load_part, read_part
+from triptych.checkpoints.files import PartInfo, read_tensors, write_part
+from triptych.checkpoints.load import config_fields, load_part, read_part
 from triptych.errors import SettingsError
+from triptych.models.stage_a import STAGE_A, StageA
 from triptych.pipelines.placement import blocks_of
 from triptych.training.config import RunSettings, check_settings
 from triptych.training.encoders import load_encoders
 from triptych.training.loop import train
-from triptych.training.start import following_init
+from triptych.training.start import following_init, network_config
 
 FIXTURE = Path(__file__).parents[2] / "recipes" / "tiny" / "fixture-64.tar"
 
@@ -65,6 +67,18 @@ def test_a_decoder_taught_alone_leaves_the_latents_as_they_were(model: Path, tmp
     assert not torch.allclose(after.decode(latents), before.decode(latents), atol=1e-3)
     with pytest.raises(SettingsError, match="init"):
         train(settings("stage_a", model, tmp_path / "new", autoencoder=alone, init=None))
+
+
+def test_the_scale_of_latents_is_that_of_the_first_weights_also_where_a_size_is_named(
+    model: Path, tmp_path: Path
+) -> None:
+    config = replace(STAGE_A["mini"], scale=0.9)
+    file = tmp_path / "stage_a.safetensors"
+    write_part(file, StageA(config).state_dict(), PartInfo("stage_a", config=config_fields(config)))
+    named = settings("stage_a", model, tmp_path, init=str(file), size="mini")
+    assert network_config(named, "stage_a", STAGE_A) == config
+    told = settings("stage_a", model, tmp_path, init=str(file), size="mini", network={"scale": 0.5})
+    assert network_config(told, "stage_a", STAGE_A).scale == 0.5
 
 
 def test_towers_left_in_their_files_teach_the_same(model: Path, tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def network_config(settings: RunSettings, part: str, presets: Mapping[str, Any])
         raise SettingsError(f'size "{settings.size}": {nearest(settings.size, presets)}.')
     else:
         base = presets[settings.size]
+        if settings.init is not None and part == "stage_a":  # it belongs to the weights, whatever their size
+            base = dataclasses.replace(base, scale=read_part(start_path(settings, part), part).config.scale)
     known = [field.name for field in dataclasses.fields(base)]
     for name in settings.network:
         if name not in known:
