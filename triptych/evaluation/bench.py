@@ -3,7 +3,7 @@
 A contender is a function that does one step of a stage. Contenders take turns, so a slow moment of the
 machine meets all of them, and their outputs are compared in the same run. Times are medians, on one thread of
 a CPU in seconds of the processor, which other work does not count in; ratios are theirs over ours, so larger
-is better for us. The floor (see floor.py) is measured in between.
+is better for us. The floor (see floor.py) takes its turns among them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +36,7 @@ from triptych.diffusion.denoiser import BOTH, Denoised, Denoiser, Guidance
 from triptych.diffusion.samplers import sample_ddpm
 from triptych.diffusion.schedule import Schedule
 from triptych.errors import MissingExtra
-from triptych.evaluation.floor import record_products, time_products
+from triptych.evaluation.floor import Product, record_products, time_products
 from triptych.models.scratch import Scratch
 from triptych.models.stage_a import STAGE_A, StageA
 from triptych.models.stage_b import STAGE_B, StageB, StageBConfig
@@ -46,6 +47,7 @@ STEPS_C, STEPS_B = 20, 10  # of the pipeline that is put together from steps
 GUIDANCE = 4.0
 TEXT_TOKENS = 77
 FLOOR_PRECISION = 0.01
+FLOOR_TURNS = 3
 UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # best first
 COMPARED_AT = 0.7  # the time that both networks are told when their outputs are compared
 # diffusers works out 10000 t in the network's precision. Of all times only 0 leaves bfloat16 exact there, and
@@ -222,11 +224,10 @@ def bench_network(
         with torch.no_grad():
             difference = max(difference, compare(torch.cat(list(blocks(x, told[:1], BOTH[:count]))), answer))
             next(contenders["diffusers compiled"])
-    progress(f"{part}: measuring")
-    measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device, progress)
     plain = Scratch(once=False, fused=False)
     products = record_products(lambda: ours(doubled, told, **cond, scratch=plain))
-    measured.floor = time_products(products, lambda: synchronise(x.device), clock_for(x.device))
+    progress(f"{part}: measuring")
+    measured = take_turns(contenders, steps if plan.whole else plan.repeats, x.device, progress, products)
     measured.difference = difference
     measured.errors = errors
     return measured
@@ -323,9 +324,8 @@ def bench_stage_a(plan: Plan, device: torch.device, progress: Progress) -> Measu
         "triptych": forever(lambda: ours.decode(latents, fused)),
         "diffusers": forever(lambda: theirs.decode(latents * scale).sample),
     }
-    measured = take_turns(contenders, plan.repeats, device, progress)
     products = record_products(lambda: ours.decode(latents, fused=False))
-    measured.floor = time_products(products, lambda: synchronise(device), clock_for(device))
+    measured = take_turns(contenders, plan.repeats, device, progress, products)
     measured.difference = difference
     return measured
 
@@ -362,10 +362,16 @@ def touched(network: nn.Module) -> Tensor:
 
 
 def take_turns(
-    contenders: dict[str, Iterator[Any]], repeats: int, device: torch.device, progress: Progress
+    contenders: dict[str, Iterator[Any]],
+    repeats: int,
+    device: torch.device,
+    progress: Progress,
+    products: Counter[Product] | None = None,
 ) -> Measured:
-    """Seconds of one `next` of each contender, in turn. Each has run once before."""
+    """Seconds of one `next` of each contender, in turn; each has run once before. The floor that `products`
+    make is measured in every one of the first turns, for machines are faster at one time than at another."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    floors: list[float] = []
     clock = clock_for(device)
     with torch.no_grad():
         for turn in range(repeats):
@@ -375,11 +381,13 @@ def take_turns(
                 next(contender)
                 synchronise(device)
                 seconds[name].append(clock() - start)
+            if products is not None and turn < FLOOR_TURNS:
+                floors.append(time_products(products, lambda: synchronise(device), clock))
             taken = ", ".join(f"{name} {times[-1]:.3g} s" for name, times in seconds.items())
             progress(f"  {turn + 1} of {repeats}: {taken}")
     medians = {name: median(times) for name, times in seconds.items()}
     spread = {name: (max(times) - min(times)) / medians[name] for name, times in seconds.items()}
-    return Measured(medians, spread)
+    return Measured(medians, spread, median(floors) if floors else 0.0)
 
 
 def compose(cases: dict[str, Measured]) -> Measured:
