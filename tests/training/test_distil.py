@@ -12,6 +12,7 @@ from tiny_cascade import write_tiny_cascade
 from torch import Tensor
 
 from triptych import Cascade
+from triptych.checkpoints.files import read_tensors
 from triptych.checkpoints.load import load_part
 from triptych.diffusion.schedule import Schedule, alpha_sigma
 from triptych.errors import SettingsError
@@ -134,6 +135,15 @@ def test_the_recipes_write_what_generation_wears(recipe: str, model: Path, tmp_p
     plain = cascade.generate("a red apple", **chosen)
     worn = cascade.generate("a red apple", lora=(wearing,), **chosen)
     assert not torch.equal(plain.latents_c, worn.latents_c)
+
+
+def test_a_student_learns_in_bfloat16_from_cached_latents(model: Path, tmp_path: Path) -> None:
+    changes = ["tensorboard=false", f"lora.model={model}", "data.size=64", "steps=3", "ema.start=0"]
+    cached = [f"data.cache={tmp_path / 'cache'}", "precision=bfloat16"]
+    train(read_settings(RECIPES / "lora_guidance.toml", [f"out={tmp_path}", *changes, *cached]))
+    learned = read_tensors(tmp_path / "guided.safetensors")
+    assert all(tensor.isfinite().all() for tensor in learned.values())
+    assert any(tensor.any() for name, tensor in learned.items() if name.endswith("up.weight"))
 
 
 def test_a_student_is_drawn_with_what_its_file_says_unless_told_otherwise(

@@ -72,15 +72,16 @@ class Cache:
 
     def masks(self, samples: Sequence[int]) -> Tensor | None:
         """Masks of samples of one canvas as `Encoded` has them; None when none of them has one."""
-        masks = stack_known([self.tensors.get(f"m.{sample}") for sample in samples], 1)
-        return None if masks is None else masks.float()
+        found = [self.tensors.get(f"m.{sample}") for sample in samples]
+        return stack_known([None if mask is None else mask.float() for mask in found], 1)
 
     def objects(self, samples: Sequence[int]) -> Tensor | None:
         """Object maps of samples of one canvas; None when none of them has one."""
         return stack_known([self.tensors.get(f"o.{sample}") for sample in samples], UNKNOWN)
 
     def stack(self, kind: str, samples: Sequence[int]) -> Tensor:
-        return torch.stack([self.tensors[f"{kind}.{sample}"] for sample in samples]).float()
+        # Widened first, as masks are: under autocast to bfloat16, a CPU joins no float16.
+        return torch.stack([self.tensors[f"{kind}.{sample}"].float() for sample in samples])
 
     def padded(self, rows: Tensor, windows: int) -> Tensor:
         """Zeros where padding was cut off, then windows of the empty prompt."""
