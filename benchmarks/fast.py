@@ -2,7 +2,7 @@
 
     python benchmarks/fast.py --out runs/fast                  # makes and judges, one file a setting
     python benchmarks/fast.py --out runs/fast --only fast plain-10-10
-    python benchmarks/fast.py --students runs/mini --times bench.json --into docs/performance.md
+    python benchmarks/fast.py --students runs/students --times bench.json --into docs/performance.md
     python benchmarks/fast.py --shares                         # deep share of a pass at full size, measured
     python benchmarks/fast.py --whole                          # fast at full size, noise to pixels
 
@@ -11,7 +11,7 @@ right by the shapes judge, with a Wilson interval; the share lost or won against
 interval of paired shares; the distance of MobileNetV2's features to the full setting's pictures; and what the
 work comes to on the published 1B and 700M at 1024x1024, put together from step times (--times: the file that
 `triptych bench --json` wrote) and the passes counted here. Rows of students need --students, the folder in
-which recipes/mini/lora_guidance.toml and lora_lcm.toml wrote theirs. Nothing is judged a second time.
+which recipes/students/lora_guidance.toml and lora_lcm.toml wrote theirs. Nothing is judged a second time.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Stage B: plain, 3 steps": {"decoder_steps": 3},
     "Stage B: dpmpp_2m, 3 steps": {"decoder_steps": 3, "decoder_sampler": "dpmpp_2m"},
     "Stage B: deep levels every 4th step": {"decoder_reuse": 4},
+    "fast, guidance student": {**FAST, "lora": (GUIDED,), "guidance": 1.0},
+    "fast, 6 steps": {**FAST, "steps": 6},
     "guidance student, 20 steps": {"lora": (GUIDED,), "guidance": 1.0},
     "no guidance, 20 steps": {"guidance": 1.0},
     "lcm student, 4 steps": {"lora": (LCM,), "guidance": 1.0, "steps": 4, "sampler": "lcm"},

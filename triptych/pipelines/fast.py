@@ -10,7 +10,6 @@ from typing import Any
 # A Stage C file may carry a table `fast` of its own among its settings, which goes before this one.
 FAST: dict[str, Any] = {
     "steps": 8,
-    "sampler": "dpmpp_2m",
     "guidance_interval": (0.4, 1.0),
     "decoder_steps": 3,
     "decoder_sampler": "dpmpp_2m",

@@ -313,7 +313,8 @@ def lora_info(settings: RunSettings, base: Base) -> PartInfo:
         told |= {"token": token_name(settings.name), "word": own.word, GATE: own.gate}
     if settings.distil.kind != "none":
         told |= {"distilled": settings.distil.kind, "guidance": settings.distil.guidance}
-        told[STUDENT] = {name: settings.diffusion.sampling[name] for name in STUDENT_SETTINGS}
+        decided = ("guidance",) if settings.distil.kind == "guidance" else STUDENT_SETTINGS
+        told[STUDENT] = {name: settings.diffusion.sampling[name] for name in decided}
     return PartInfo(
         "lora", settings=told, recipe=settings.name or settings.recipe, licence="; ".join(licences),
         notice=" ".join(notices), size=stated.size,
