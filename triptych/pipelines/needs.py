@@ -24,7 +24,7 @@ from triptych.pipelines.placement import Weights
 from triptych.pipelines.tiles import Tile, widened
 
 GUIDED = 2  # both branches of guidance run as one batch
-LIBRARIES = 96 * 2**20  # what matrix and convolution libraries keep for themselves once they have run
+LIBRARIES = 48 * 2**20  # what matrix and convolution libraries keep for themselves once they have run
 DECODE_LIBRARIES = 10 * 2**20  # the same where only Stage A runs, on a CPU
 TILE_SIDES = (1024, 512, 256, 128, 64, 32)  # latents; Stage A's tiles are tried in this order
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # float16 is rescaled first, which makes a copy
@@ -143,8 +143,8 @@ def trunk_working(config: TrunkConfig, height: int, width: int, pictures: int, i
         positions = (rows // shrink) * (columns // shrink)
         numbers = GUIDED * pictures * positions * channels
         stored += numbers
-        # The map, its convolution and what that copies; one sample's wide inside.
-        widest = max(widest, 4 * numbers + 4 * positions * channels)
+        # The map, its convolution and one copy; one sample's wide inside.
+        widest = max(widest, 3 * numbers + 4 * positions * channels)
     return (stored + widest) * item + spans_of_threads() + LIBRARIES
 
 
