@@ -70,8 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Stage B: plain, 3 steps": {"decoder_steps": 3},
     "Stage B: dpmpp_2m, 3 steps": {"decoder_steps": 3, "decoder_sampler": "dpmpp_2m"},
     "Stage B: deep levels every 4th step": {"decoder_reuse": 4},
-    "fast, guidance student": {**FAST, "lora": (GUIDED,), "guidance": 1.0},
-    "fast, 6 steps": {**FAST, "steps": 6},
+    "fast, 8 steps, guidance student": {**FAST, "steps": 8, "lora": (GUIDED,), "guidance": 1.0},
+    "fast, 8 steps": {**FAST, "steps": 8},
     "guidance student, 20 steps": {"lora": (GUIDED,), "guidance": 1.0},
     "no guidance, 20 steps": {"guidance": 1.0},
     "lcm student, 4 steps": {"lora": (LCM,), "guidance": 1.0, "steps": 4, "sampler": "lcm"},
@@ -281,7 +281,10 @@ def measure_whole(folder: Path) -> None:
     and precision. Weights are random, their files written before and read as a user's are."""
     folder.mkdir(parents=True, exist_ok=True)
     request = Request(prompt="", size="1024x1024", batch=1).replaced(
-        seed=1, guidance=4.0, decoder_guidance=1.0, **FAST
+        seed=1,
+        guidance=4.0,
+        decoder_guidance=1.0,
+        **{"sampler": "ddpm", **FAST},
     )
     device = choose_device("auto")
     parts = Parts(write_pair("cascade-lite", folder), device, choose_dtype("auto", device))

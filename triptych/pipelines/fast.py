@@ -9,7 +9,7 @@ from typing import Any
 
 # A Stage C file may carry a table `fast` of its own among its settings, which goes before this one.
 FAST: dict[str, Any] = {
-    "steps": 8,
+    "steps": 6,
     "guidance_interval": (0.4, 1.0),
     "decoder_steps": 3,
     "decoder_sampler": "dpmpp_2m",
