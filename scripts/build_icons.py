@@ -4,10 +4,10 @@
     python scripts/build_icons.py --out icons
 
 The drawings come from npm packages (fetched by `npm pack`, or found in --packages), rendered with resvg; what
-is drawn where and how it is captioned stands in icons/catalogue.jsonl.xz beside this file. Pictures are 256 x
-256 WebP in tar shards. Shapes are drawn by triptych itself. `--only twemoji --limit 20` makes a small part,
-and `--compare DIR` reports how near the pictures are to those of another copy. Licences of the drawings:
-icons/LICENCES.md.
+is drawn where and how it is captioned stands in icons/catalogue.jsonl.xz beside this file;
+icon_captions.py makes of that what is told. Pictures are 256 x 256 WebP in tar shards. Shapes are drawn here.
+`--only twemoji --limit 20` makes a small part, and `--compare DIR` reports how near the pictures are to those
+of another copy. Licences of the drawings: icons/LICENCES.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from icon_captions import retell
 from PIL import Image
 
 from triptych.data.shapes import write_shapes
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="folder of fetched packages [OUT/packages]")
     parser.add_argument("--only", nargs="+", choices=tuple(SETS), help="only these sets")
     parser.add_argument("--without-share-alike", action="store_true", help="leave out CC-BY-SA drawings")
+    parser.add_argument("--plain-captions", action="store_true", help="as the catalogue has them, not retold")
     parser.add_argument("--limit", type=int, help="only so many drawings of each set")
     parser.add_argument("--compare", type=Path, help="folder with another copy of the shards")
     arguments = parser.parse_args()
@@ -227,6 +229,11 @@ def main() -> None:
         if name in wanted and (arguments.limit is None or taken[name] < arguments.limit):
             taken[name] += 1
             shards.setdefault(row["shard"], []).append(row)
+    if not arguments.plain_captions:
+        rows = [row for shard in shards.values() for row in shard]
+        told = retell(rows, {name: one.style for name, one in SETS.items()}, SHARE_ALIKE)
+        for row in rows:
+            row["captions"] = told.get(row["key"], row["captions"])
     packages = {name: Package(name, folder) for name in sorted(wanted)}
     counts = {}
     for shard, rows in shards.items():

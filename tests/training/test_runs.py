@@ -18,6 +18,7 @@ from triptych.checkpoints.load import load_part
 from triptych.conditioning.encode import load_image_encoder
 from triptych.training.config import RunSettings, read_settings
 from triptych.training.loop import Progress, train
+from triptych.training.sources import Pictures
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 PARTS = {
@@ -136,6 +137,23 @@ def test_training_from_a_cache_gives_the_same_losses(recipe: str, tmp_path: Path
         for name in ("live", "cached")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_cache_holds_repeated_pictures_once_and_is_told_the_same(tmp_path: Path) -> None:
+    changes = ("steps=4", "log_every=1", "data.ratios=[1.0]", "data.random_crop=false", "data.repeat=3")
+    train(settings("stage_c", tmp_path / "live", *changes))
+    train(settings("stage_c", tmp_path / "cached", *changes, f"data.cache={tmp_path}/cache"))
+    live, cached = (
+        [
+            json.loads(line)["stage_c.loss"]
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("live", "cached")
+    )
+    assert live == pytest.approx(cached, rel=2e-3)
+    kept = [name for path in (tmp_path / "cache").glob("samples-*") for name in read_tensors(path)]
+    pictures = len(Pictures(settings("stage_c", tmp_path, *changes[:-1])).source)
+    assert sum(name.startswith("c.") for name in kept) == pictures
 
 
 def test_a_cache_is_made_again_when_what_made_it_changes(tmp_path: Path) -> None:

@@ -167,6 +167,13 @@ class Joined:
         part = bisect_right(self._ends, index)
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
+    def original(self, index: int) -> int:
+        """The number under which the sample appears first: another one for those of a source that is
+        repeated."""
+        source, inner = self._find(index)
+        first = next(k for k, part in enumerate(self._parts) if part is source)
+        return inner + (self._ends[first - 1] if first else 0)
+
     def key(self, index: int) -> str:
         source, inner = self._find(index)
         return source.key(inner)

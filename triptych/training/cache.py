@@ -21,12 +21,12 @@ from triptych.conditioning.encode import TextEncoder
 from triptych.data.batches import crop_place, fit, stack_masks
 from triptych.data.buckets import Bucket, nearest_bucket
 from triptych.data.shards import Sample
-from triptych.data.sources import Source
+from triptych.data.sources import Joined, Source
 from triptych.images import to_pixels
 from triptych.training.encoders import Encoded, Encoders, encode_pictures, shrink_mask
 from triptych.training.grounding import UNKNOWN, object_map
 
-FORMAT = 3  # of what is kept; caches of another one are made again
+FORMAT = 4  # of what is kept; caches of another one are made again
 CHUNK = 512  # samples a file
 TOGETHER = 16  # samples encoded at once
 
@@ -34,8 +34,9 @@ TOGETHER = 16  # samples encoded at once
 class Cache:
     """Encoded samples by index. `buckets[i]` is the canvas of sample i, -1 if it could not be read."""
 
-    def __init__(self, folder: Path, text: TextEncoder) -> None:
+    def __init__(self, folder: Path, originals: Sequence[int], text: TextEncoder) -> None:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.originals = originals  # what a sample that is repeated is kept under
         self.buckets: list[int] = index["buckets"]
         self.captions: list[int] = index["captions"]  # number of captions of each sample
         self.window = text.window
@@ -50,6 +51,8 @@ class Cache:
     ) -> Encoded:
         """The batch of these samples, each with the caption of that number, -1 for the empty caption; of the
         samples `told` if captions of others are wanted."""
+        samples = [self.originals[sample] for sample in samples]
+        told = samples if told is None else [self.originals[sample] for sample in told]
         latents_b = image = None
         latents_c = self.stack("c", samples)
         if f"b.{samples[0]}" in self.tensors:
@@ -57,7 +60,7 @@ class Cache:
         if f"i.{samples[0]}" in self.tensors:
             image = self.stack("i", samples)
         hidden, pooled = [], []
-        for sample, caption in zip(told or samples, captions, strict=True):
+        for sample, caption in zip(told, captions, strict=True):
             if caption < 0:
                 hidden.append(self.empty_hidden)
                 pooled.append(self.empty_pooled[0])
@@ -93,7 +96,7 @@ class Cache:
 
 def open_cache(
     folder: Path,
-    source: Source,
+    source: Joined,
     buckets: Sequence[Bucket],
     encoders: Encoders,
     made_from: Iterable[Path],
@@ -117,26 +120,32 @@ def open_cache(
             stale.unlink()
         with write_atomically(marks) as file:
             file.write(json.dumps(mark).encode())
+    originals = [source.original(number) for number in range(len(source))]
     chunks = range(0, len(source), CHUNK)
-    places: list[int] = []
-    counts: list[int] = []
+    places: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for start in chunks:
         path = folder / f"samples-{start // CHUNK:05d}.safetensors"
         numbers = range(start, min(start + CHUNK, len(source)))
+        fresh = [number for number in numbers if originals[number] == number]
+        if not fresh:
+            continue
         if not path.exists():
-            write_tensors(path, encode_chunk(source, numbers, buckets, encoders, device, progress, captions))
+            write_tensors(path, encode_chunk(source, fresh, buckets, encoders, device, progress, captions))
         progress(numbers.stop, len(source))
         tensors = read_tensors(path)
-        places += tensors["bucket"].tolist()
-        counts += tensors["captions"].tolist()
+        places.update(zip(fresh, tensors["bucket"].tolist(), strict=True))
+        counts.update(zip(fresh, tensors["captions"].tolist(), strict=True))
     with write_atomically(folder / "index.json") as file:
-        file.write(json.dumps({"buckets": places, "captions": counts}).encode())
-    return Cache(folder, encoders.text)
+        every = {"buckets": places, "captions": counts}
+        kept = {name: [known[number] for number in originals] for name, known in every.items()}
+        file.write(json.dumps(kept).encode())
+    return Cache(folder, originals, encoders.text)
 
 
 def encode_chunk(
     source: Source,
-    numbers: range,
+    numbers: Sequence[int],
     buckets: Sequence[Bucket],
     encoders: Encoders,
     device: torch.device,

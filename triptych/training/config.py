@@ -133,6 +133,10 @@ class DiffusionSettings(Settings):
     guess: float = Field(
         1.0, ge=0, description="Stage C: weight of its guess's own error, where the network has one"
     )
+    guess_noise: float = Field(
+        0.0, ge=0,
+        description="Stage C: most noise on the text its guess sees, so that like words guess alike",
+    )  # fmt: skip
     image_from_text: bool = Field(
         False, description="without an image encoder: the caption's vector stands in"
     )

@@ -222,6 +222,7 @@ def diffusion_task(
     if guesses:
         guess = Answer(network.guess)
         leave_to_adamw(network.guess)
+        blur_words(network.guess, settings.diffusion.guess_noise)
 
     def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
         if cache is None:
@@ -372,6 +373,21 @@ def stage_c_loss(
     return diffusion_losses(
         predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive, weigh
     )
+
+
+def blur_words(guess: nn.Module, amount: float) -> None:
+    """While it learns, give a guess its pooled text (B, ..., W) with noise, for each row between nothing and
+    `amount` of the text's own deviation: words it never heard should lead to those near them."""
+
+    def disturbed(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not module.training:
+            return None
+        text = given[0]
+        share = amount * torch.rand(len(text), *[1] * (text.dim() - 1), device=text.device)
+        return (text + share * text.std(-1, keepdim=True) * torch.randn_like(text),)
+
+    if amount:
+        guess.register_forward_pre_hook(disturbed)
 
 
 def stage_b_loss(

@@ -35,7 +35,7 @@ class Pictures:
         self.buckets += self.forced
         self.source = self.build_source(data)
 
-    def build_source(self, data: DataSettings) -> Source:
+    def build_source(self, data: DataSettings) -> Joined:
         sources: list[Source] = []
         repeats = []
         if data.shards:

@@ -1,0 +1,97 @@
+"""What the drawings of the icon set are called: a bare name means one of them, styles never drawn have a
+stand-in, and nothing that validation asks is ever told."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib.resources import files
+from types import ModuleType
+
+import pytest
+from load_script import load_script
+
+
+@pytest.fixture(scope="module")
+def icons() -> ModuleType:
+    return load_script("build_icons")
+
+
+@pytest.fixture(scope="module")
+def captions() -> ModuleType:
+    return load_script("icon_captions")
+
+
+def row(
+    style: str, name: str = "bell", background: str = "white", shard: str = "train-00000", n: int = 0
+) -> dict:
+    place = "" if background == "white" else f" on a {background} background"
+    return {
+        "key": f"{style}_{n}", "shard": shard, "name": name, "concept": name, "background": background,
+        "emoji": "\N{BELL}",
+        "captions": [
+            f"a {name}{place}", name,
+            f"a {style} icon of a {name} on a {background} background", f"a gold {name}",
+        ],
+    }  # fmt: skip
+
+
+def told(captions: ModuleType, *rows: dict, left_out: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    styles = {style: style for style in captions.STYLES}
+    return captions.retell(rows, styles, left_out)
+
+
+def test_a_bare_name_means_one_drawing_on_white(captions: ModuleType) -> None:
+    found = told(captions, row("flat", background="mint"), row("shaded"), row("simple flat"))
+    assert {"bell", "a bell"} <= set(found["shaded_0"])
+    for key in ("flat_0", "simple flat_0"):
+        assert all(captions.STYLED.search(text) or text.startswith("a gold") for text in found[key])
+    assert "a bell on a mint background, flat icon style" in found["flat_0"]
+
+
+def test_a_style_that_was_not_drawn_has_the_drawing_most_like_it(captions: ModuleType) -> None:
+    found = told(captions, row("gradient"), row("flat"))
+    assert any("3d render" in text for text in found["gradient_0"])
+    assert not any("3d render" in text for text in found["flat_0"])
+    assert any("simple flat" in text for text in found["flat_0"])
+
+
+def test_pairs_held_out_and_sets_left_out_are_not_told(captions: ModuleType) -> None:
+    found = told(
+        captions,
+        row("gradient"),
+        row("flat"),
+        row("3d", shard="val"),
+        row("muted flat"),
+        left_out=("muted flat",),
+    )
+    assert not any("3d render" in text for texts in found.values() for text in texts)
+    assert "3d_0" not in found
+    assert all("muted flat" in text or text.startswith("a gold") for text in found["muted flat_0"])
+
+
+def test_a_noun_without_its_colour_means_the_first_that_has_one(captions: ModuleType) -> None:
+    red, green = row("flat", "red apple"), row("flat", "green apple", n=1)
+    red["emoji"], green["emoji"] = "\N{RED APPLE}", "\N{GREEN APPLE}"
+    found = told(captions, green, red, row("flat", "blue circle", n=2))
+    assert "an apple" in found["flat_0"]
+    assert "an apple" not in found["flat_1"]
+    assert "a circle" not in found["flat_2"]
+
+
+def test_the_catalogue_tells_no_prompt_of_validation(icons: ModuleType, captions: ModuleType) -> None:
+    rows = list(icons.catalogue())
+    found = captions.retell(rows, {name: one.style for name, one in icons.SETS.items()}, icons.SHARE_ALIKE)
+    assert len(found) == sum(row["shard"] != "val" for row in rows)
+    prompts = set()
+    for name in ("icons_100", "icons_val"):
+        text = (files("triptych") / "evaluation" / "prompt_sets" / f"{name}.jsonl").read_text(
+            encoding="utf-8"
+        )
+        prompts |= {json.loads(line)["prompt"] for line in text.splitlines()}
+    assert prompts
+    assert not prompts & {text for texts in found.values() for text in texts}
+    bare = Counter(
+        text for texts in found.values() for text in texts if text in ("a tennis ball", "tennis ball")
+    )
+    assert set(bare.values()) == {1}
