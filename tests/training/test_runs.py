@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from triptych.checkpoints.files import read_tensors
+from triptych.checkpoints.files import read_tensors, write_part
 from triptych.checkpoints.load import load_part
 from triptych.conditioning.encode import load_image_encoder
 from triptych.training.config import RunSettings, read_settings
@@ -168,6 +168,28 @@ def test_a_cache_is_made_again_when_what_made_it_changes(tmp_path: Path) -> None
         seen.append(str(mark))
     assert seen[0] == seen[1]
     assert seen[1] != seen[2]
+
+
+def test_stage_c_reads_the_cache_of_stage_b_whatever_stage_a_is_now(tmp_path: Path) -> None:
+    common = ("steps=1", f"data.cache={tmp_path}/cache", "data.ratios=[1.0]")
+    train(settings("stage_b", tmp_path / "b", *common, "diffusion.semantic_scale=[1.0, 1.0]"))
+    file = tmp_path / "cache" / "samples-00000.safetensors"
+    made = file.stat().st_mtime_ns
+    other = tmp_path / "stage_a.safetensors"
+    network, info = load_part(RECIPES / "parts" / "stage_a.safetensors", "stage_a")
+    write_part(other, {name: 1.01 * t for name, t in network.state_dict().items()}, info)
+    train(settings("stage_c", tmp_path / "c", *common, f"parts.stage_a={other}"))
+    assert file.stat().st_mtime_ns == made
+    train(
+        settings(
+            "stage_b",
+            tmp_path / "b2",
+            *common,
+            f"parts.stage_a={other}",
+            "diffusion.semantic_scale=[1.0, 1.0]",
+        )
+    )
+    assert file.stat().st_mtime_ns != made
 
 
 def test_a_run_can_start_from_averaged_weights_alone(tmp_path: Path) -> None:

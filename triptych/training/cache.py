@@ -1,17 +1,19 @@
 """Latents and embeddings of a whole data set, made once and read by index while training.
 
 A cache is a folder of safetensors files and a `made_from.json` that says what made it: the files of the
-frozen parts, the files of the samples, the canvases. Anything else there means it is made again. A build that
-was interrupted goes on where it stopped.
+frozen parts, the files of the samples, the canvases. Anything else there means it is made again, but for a
+finished cache that holds more than is asked for: Stage C reads that of Stage B. A build that was interrupted
+goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +31,14 @@ from triptych.training.grounding import UNKNOWN, object_map
 FORMAT = 4  # of what is kept; caches of another one are made again
 CHUNK = 512  # samples a file
 TOGETHER = 16  # samples encoded at once
+INDEX = "index.json"  # written last
 
 
 class Cache:
     """Encoded samples by index. `buckets[i]` is the canvas of sample i, -1 if it could not be read."""
 
     def __init__(self, folder: Path, originals: Sequence[int], text: TextEncoder) -> None:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         self.originals = originals  # what a sample that is repeated is kept under
         self.buckets: list[int] = index["buckets"]
         self.captions: list[int] = index["captions"]  # number of captions of each sample
@@ -99,23 +102,26 @@ def open_cache(
     source: Joined,
     buckets: Sequence[Bucket],
     encoders: Encoders,
-    made_from: Iterable[Path],
+    made_from: Mapping[str, Sequence[Path]],
     device: torch.device,
     progress: Callable[[int, int], None],
     captions: int,
 ) -> Cache:
-    """The cache in `folder`, made or completed first if need be; `progress(done, of)` follows it."""
+    """The cache in `folder`, made or completed first if need be; `progress(done, of)` follows it. `made_from`
+    names the files of each part that makes it."""
     assert encoders.text is not None
     folder.mkdir(parents=True, exist_ok=True)
     mark = {
         "format": FORMAT,
-        "parts": [digest(path) for path in made_from],
+        "parts": {part: [digest(path) for path in paths] for part, paths in made_from.items()},
         "buckets": [asdict(bucket) for bucket in buckets],
         "captions": captions,
         "samples": hashlib.sha256(source.mark().encode()).hexdigest(),
     }
     marks = folder / "made_from.json"
-    if not marks.exists() or json.loads(marks.read_text(encoding="utf-8")) != mark:
+    found = json.loads(marks.read_text(encoding="utf-8")) if marks.exists() else {}
+    finished = (folder / INDEX).exists()
+    if found != mark and not (finished and holds(found, mark)):
         for stale in folder.glob("*"):
             stale.unlink()
         with write_atomically(marks) as file:
@@ -136,11 +142,18 @@ def open_cache(
         tensors = read_tensors(path)
         places.update(zip(fresh, tensors["bucket"].tolist(), strict=True))
         counts.update(zip(fresh, tensors["captions"].tolist(), strict=True))
-    with write_atomically(folder / "index.json") as file:
+    with write_atomically(folder / INDEX) as file:
         every = {"buckets": places, "captions": counts}
         kept = {name: [known[number] for number in originals] for name, known in every.items()}
         file.write(json.dumps(kept).encode())
     return Cache(folder, originals, encoders.text)
+
+
+def holds(found: dict[str, Any], mark: dict[str, Any]) -> bool:
+    """Whether a cache made from `found` has all of one made from `mark`, and perhaps of more parts."""
+    if found.get("format") != mark["format"]:
+        return False
+    return found == mark | {"parts": found["parts"] | mark["parts"]}
 
 
 def encode_chunk(

@@ -53,13 +53,11 @@ def controlnet_task(
     kind = kind_of(settings)
     stage_c, settings = frozen_stage_c(settings, device)
     needed = ["semantic", "text_encoder", "image_encoder"]
-    if settings.data.cache:  # the cache of Stages B and C, so made by the same parts
-        needed = ["semantic", "text_encoder", "stage_a", "image_encoder"]
-        if settings.data.random_crop or settings.data.zoom != 1:
-            raise SettingsError(
-                "data.cache holds the latents of whole pictures: with it, a ControlNet needs data."
-                "random_crop = false and data.zoom = 1.0, so that hints show the same."
-            )
+    if settings.data.cache and (settings.data.random_crop or settings.data.zoom != 1):
+        raise SettingsError(
+            "data.cache holds the latents of whole pictures: with it, a ControlNet needs data."
+            "random_crop = false and data.zoom = 1.0, so that hints show the same."
+        )
     encoders = load_encoders(settings.parts, needed, device)
     network = build_controlnet(settings, kind, stage_c.config, encoders).to(device)
     tools = hint_tools(settings, kind, encoders)

@@ -197,8 +197,8 @@ def diffusion_task(
     """Stage B or C on latents of frozen encoders, computed as they come or cached."""
     is_b = settings.recipe == "stage_b"
     needed = ["semantic", "text_encoder", "stage_a" if is_b else "image_encoder"]
-    if settings.data.cache:  # one cache serves Stages B and C, so it holds what either needs
-        needed = ["semantic", "text_encoder", "stage_a", "image_encoder"]
+    if settings.data.cache and is_b:  # Stage C, after it, finds all of its own in the same cache
+        needed.append("image_encoder")
     encoders = load_encoders(settings.parts, needed, device)
     kind, presets = (StageB, STAGE_B) if is_b else (StageC, STAGE_C)
     config = network_config(settings, settings.recipe, presets)
@@ -303,8 +303,9 @@ def open_diffusion_cache(
             "diffusion.semantic_scale = [1.0, 1.0]."
         )
     parts = [(part, getattr(settings.parts, part)) for part in needed]
-    files = [weight_file(part_path(part, given), part) for part, given in parts if given is not None]
-    files += [words for path in files if (words := path.with_name("tokenizer.json")).is_file()]
+    files = {part: [weight_file(part_path(part, given), part)] for part, given in parts if given is not None}
+    for made_by in files.values():
+        made_by += [words for path in made_by if (words := path.with_name("tokenizer.json")).is_file()]
     folder = Path(settings.data.cache)
     told_anew = pictures.rearranges or settings.recipe == "lora"  # no text is kept then
     captions = 0 if told_anew else settings.data.captions
