@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from icon_captions import retell
+from icon_captions import house_drawings, retell
 from PIL import Image
 
 from triptych.data.shapes import write_shapes
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="folder of fetched packages [OUT/packages]")
     parser.add_argument("--only", nargs="+", choices=tuple(SETS), help="only these sets")
     parser.add_argument("--without-share-alike", action="store_true", help="leave out CC-BY-SA drawings")
-    parser.add_argument("--plain-captions", action="store_true", help="as the catalogue has them, not retold")
+    parser.add_argument("--plain-captions", action="store_true", help="as in the catalogue, no prototypes")
     parser.add_argument("--limit", type=int, help="only so many drawings of each set")
     parser.add_argument("--compare", type=Path, help="folder with another copy of the shards")
     arguments = parser.parse_args()
@@ -231,9 +231,13 @@ def main() -> None:
             shards.setdefault(row["shard"], []).append(row)
     if not arguments.plain_captions:
         rows = [row for shard in shards.values() for row in shard]
-        told = retell(rows, {name: one.style for name, one in SETS.items()}, SHARE_ALIKE)
+        styles = {name: one.style for name, one in SETS.items()}
+        told, house = retell(rows, styles, SHARE_ALIKE), house_drawings(rows, styles, SHARE_ALIKE)
         for row in rows:
-            row["captions"] = told.get(row["key"], row["captions"])
+            if row["shard"] != "val":
+                row["captions"] = told[row["key"]]
+                if row["name"] in house:
+                    row["prototype"] = house[row["name"]]
     packages = {name: Package(name, folder) for name in sorted(wanted)}
     counts = {}
     for shard, rows in shards.items():

@@ -1,10 +1,12 @@
 """What the drawings of the icon set are called while Stage C learns.
 
-Two rules on top of the catalogue's captions (docs/mini.md tells what they bring):
+Three rules on top of the catalogue's captions (docs/mini.md tells what they bring):
 
 House style. A name without a style ("a tennis ball") belongs to one drawing of that name, the first of
 `HOUSE` that has it, on white if one is. Every other drawing says its style each time. Otherwise a name is an
 average of a dozen drawings.
+
+Prototypes. Every drawing names that one as its prototype, which the guess of Stage C learns in its place.
 
 Stand-ins. A drawing is also told in the styles it looks most like, for want of a nearer one: the smooth
 gradient bell pepper is "a bell pepper, 3d render style" too. So a style that a thing was never drawn in
@@ -74,17 +76,14 @@ def retell(
     `left_out` say their own style and stand in for nothing.
     """
     told = [row for row in rows if row["shard"] != "val"]
-    by_name: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in told:
-        if set_of(row) not in left_out:
-            by_name[row["name"]].setdefault(style_of[set_of(row)], row)
+    by_name = drawings_by_name(rows, style_of, left_out)
     held_out = {
         (row[kind], style_of[set_of(row)])
         for row in rows
         if row["shard"] == "val"
         for kind in ("name", "concept")
     }
-    house = {house_drawing(drawings)["key"]: name for name, drawings in by_name.items()}
+    house = set(house_drawings(rows, style_of, left_out).values())
     short = short_names(rows, house)
     stands_in = stand_ins(by_name, held_out)
     captions = {}
@@ -129,13 +128,29 @@ def noun_of(row: Row, style: str) -> str:
     return f"a {row['captions'][1]}"
 
 
-def house_drawing(drawings: dict[str, Row]) -> Row:
-    """The drawing that a bare name means."""
-    order = [drawings[style] for style in HOUSE if style in drawings]
-    return next((row for row in order if row["background"] == "white"), order[0])
+def drawings_by_name(
+    rows: Iterable[Row], style_of: dict[str, str], left_out: Iterable[str] = ()
+) -> dict[str, dict[str, Row]]:
+    """For each name that is trained on, its drawings by style."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["shard"] != "val" and set_of(row) not in left_out:
+            found[row["name"]].setdefault(style_of[set_of(row)], row)
+    return found
 
 
-def short_names(rows: Sequence[Row], house: dict[str, str]) -> dict[str, list[str]]:
+def house_drawings(
+    rows: Iterable[Row], style_of: dict[str, str], left_out: Iterable[str] = ()
+) -> dict[str, str]:
+    """For each name the key of the drawing that it means when no style is said."""
+    found = {}
+    for name, drawings in drawings_by_name(rows, style_of, left_out).items():
+        order = [drawings[style] for style in HOUSE if style in drawings]
+        found[name] = next((row for row in order if row["background"] == "white"), order[0])["key"]
+    return found
+
+
+def short_names(rows: Sequence[Row], house: set[str]) -> dict[str, list[str]]:
     """Nouns that say no more than a colour less ("apple" for the red one), by the key of the drawing they
     mean: the first in the order of Unicode, where nothing else is called that."""
     taken = {text.lower() for row in rows for text in (row["name"], row["captions"][1])} | set(DRAWN_SHAPES)

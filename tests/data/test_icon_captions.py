@@ -49,6 +49,19 @@ def test_a_bare_name_means_one_drawing_on_white(captions: ModuleType) -> None:
     assert "a bell on a mint background, flat icon style" in found["flat_0"]
 
 
+def test_every_name_has_one_house_drawing_that_is_trained_on(icons: ModuleType, captions: ModuleType) -> None:
+    rows = list(icons.catalogue())
+    house = captions.house_drawings(
+        rows, {name: one.style for name, one in icons.SETS.items()}, icons.SHARE_ALIKE
+    )
+    by_key = {row["key"]: row for row in rows}
+    for name, key in house.items():
+        assert by_key[key]["name"] == name
+        assert by_key[key]["shard"] != "val"
+        assert captions.set_of(by_key[key]) not in icons.SHARE_ALIKE
+    assert sum(by_key[key]["background"] == "white" for key in house.values()) > 0.98 * len(house)
+
+
 def test_a_style_that_was_not_drawn_has_the_drawing_most_like_it(captions: ModuleType) -> None:
     found = told(captions, row("gradient"), row("flat"))
     assert any("3d render" in text for text in found["gradient_0"])

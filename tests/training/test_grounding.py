@@ -10,14 +10,12 @@ import pytest
 import torch
 from test_objectives import FROZEN
 from tiny_cascade import write_tiny_cascade
-from torch import nn
 
 from triptych.checkpoints.files import read_tensors
 from triptych.data.shapes import COLOURS, SHAPES, draw_shapes
 from triptych.training.config import RunSettings, check_settings
 from triptych.training.grounding import NAMES, UNKNOWN, Grounding, grounding_loss, object_map
 from triptych.training.loop import train
-from triptych.training.recipes import blur_words
 
 BACKGROUND = torch.tensor([len(SHAPES), len(COLOURS)])
 
@@ -114,26 +112,3 @@ def test_the_same_run_with_and_without_a_cache_is_told_the_same(model: Path, tmp
     train(settings(model, tmp_path / "cached", 3, captions=6, cache=str(tmp_path / "cache")))
     live, cached = (logged(tmp_path / name, "stage_c.grounding") for name in ("live", "cached"))
     assert live == pytest.approx(cached, rel=1e-2)  # a cache rounds latents to float16
-
-
-def test_a_guess_learns_from_its_own_error(model: Path, tmp_path: Path) -> None:
-    def guessed(name: str, weight: float) -> list[float]:
-        given = settings(model, tmp_path / name, 40).model_dump()
-        given["network"]["guess"] = 32
-        given["diffusion"] |= {"guess": weight, "drop_text": 0.0}
-        train(check_settings(given, "test"))
-        return logged(tmp_path / name, "stage_c.guess")
-
-    learning, left = guessed("learning", 1.0), guessed("left", 0.0)
-    assert sum(learning[-5:]) < 0.8 * sum(learning[:5])
-    assert sum(left[-5:]) > 0.9 * sum(left[:5])  # the blocks alone ask little of it
-
-
-def test_a_guess_hears_noisy_words_while_it_learns_and_plain_ones_otherwise() -> None:
-    words, noisy = torch.randn(64, 1, 384), nn.Identity()
-    blur_words(noisy, 0.5)
-    assert torch.equal(noisy.eval()(words), words)
-    off = (noisy.train()(words) - words).std(-1) / words.std(-1)
-    assert float(off.min()) > 0
-    assert float(off.max()) < 0.6  # half of the words' deviation at most, give or take what 384 draws miss
-    assert float(off.mean()) == pytest.approx(0.25, abs=0.05)

@@ -158,6 +158,7 @@ class ShardIndex:
             paths = [paths]
         self._files = _Files()
         self._entries: list[_Entry] = []
+        self._places: dict[str, int] | None = None  # by key, when first asked for
         self.broken: list[Broken] = []
         self.filtered = 0  # samples that `keep` refused
         shards = [shard for path in paths for shard in _expand(Path(path))]
@@ -240,6 +241,19 @@ class ShardIndex:
             return self._captions(entry, self._meta(entry))
         except (OSError, ValueError):
             return ()
+
+    def prototype(self, index: int) -> Image.Image | None:
+        """The picture of the sample whose key the JSON of sample `index` names as `prototype`, None where it
+        names none. Raises DataError when there is no such sample."""
+        named = self.meta(index).get("prototype")
+        if named is None:
+            return None
+        if self._places is None:
+            self._places = {entry.key: place for place, entry in enumerate(self._entries)}
+        if named not in self._places:
+            entry = self._entries[index]
+            raise DataError(f"{entry.shard}: {entry.key} names the prototype {named!r}, which is not there.")
+        return self[self._places[named]].image
 
     def mask_content(self, index: int) -> bytes:
         """The bytes of sample `index`'s mask file, none without one."""

@@ -37,6 +37,10 @@ class Source(Protocol):
 
     def captions(self, index: int) -> tuple[str, ...]: ...
 
+    def prototype(self, index: int) -> Image.Image | None:
+        """The picture whose key the sample's metadata names as `prototype`; None where it names none."""
+        ...
+
     def mark(self) -> str:
         """A text that changes when the samples do."""
         ...
@@ -78,6 +82,9 @@ class DrawnShapes:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.read(index).captions
+
+    def prototype(self, index: int) -> None:
+        """Every drawn picture is its own."""
 
     def mark(self) -> str:
         return f"{self.count} {self.canvases} {self.key(0)}"
@@ -122,6 +129,9 @@ class OnCanvases:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self.source.captions(index)
+
+    def prototype(self, index: int) -> Image.Image | None:
+        return self.source.prototype(index)
 
     def mark(self) -> str:
         return f"{self.canvases} {self.source.mark()}"
@@ -189,6 +199,10 @@ class Joined:
     def captions(self, index: int) -> tuple[str, ...]:
         source, inner = self._find(index)
         return source.captions(inner)
+
+    def prototype(self, index: int) -> Image.Image | None:
+        source, inner = self._find(index)
+        return source.prototype(inner)
 
     def mark(self) -> str:
         return "\n".join(part.mark() for part in self._parts)

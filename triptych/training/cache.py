@@ -27,6 +27,7 @@ from triptych.data.sources import Joined, Source
 from triptych.images import to_pixels
 from triptych.training.encoders import Encoded, Encoders, encode_pictures, shrink_mask
 from triptych.training.grounding import UNKNOWN, object_map
+from triptych.training.guess import UNNAMED, encode_prototypes
 
 FORMAT = 4  # of what is kept; caches of another one are made again
 CHUNK = 512  # samples a file
@@ -73,7 +74,7 @@ class Cache:
         windows = max(-(-rows.shape[0] // self.window) for rows in hidden)
         return Encoded(
             latents_c, latents_b, torch.stack([self.padded(rows, windows) for rows in hidden]),
-            torch.stack(pooled), image, self.masks(samples), self.objects(samples),
+            torch.stack(pooled), image, self.masks(samples), self.objects(samples), self.prototypes(samples),
         )  # fmt: skip
 
     def masks(self, samples: Sequence[int]) -> Tensor | None:
@@ -84,6 +85,11 @@ class Cache:
     def objects(self, samples: Sequence[int]) -> Tensor | None:
         """Object maps of samples of one canvas; None when none of them has one."""
         return stack_known([self.tensors.get(f"o.{sample}") for sample in samples], UNKNOWN)
+
+    def prototypes(self, samples: Sequence[int]) -> Tensor | None:
+        """Latents of the prototypes that samples name; None when none of them does."""
+        found = [self.tensors.get(f"g.{sample}") for sample in samples]
+        return stack_known([None if latents is None else latents.float() for latents in found], UNNAMED)
 
     def stack(self, kind: str, samples: Sequence[int]) -> Tensor:
         # Widened first, as masks are: under autocast to bfloat16, a CPU joins no float16.
@@ -106,9 +112,10 @@ def open_cache(
     device: torch.device,
     progress: Callable[[int, int], None],
     captions: int,
+    prototypes: bool = False,
 ) -> Cache:
     """The cache in `folder`, made or completed first if need be; `progress(done, of)` follows it. `made_from`
-    names the files of each part that makes it."""
+    names the files of each part that makes it; `prototypes` keeps those too."""
     assert encoders.text is not None
     folder.mkdir(parents=True, exist_ok=True)
     mark = {
@@ -116,6 +123,7 @@ def open_cache(
         "parts": {part: [digest(path) for path in paths] for part, paths in made_from.items()},
         "buckets": [asdict(bucket) for bucket in buckets],
         "captions": captions,
+        "prototypes": prototypes,
         "samples": hashlib.sha256(source.mark().encode()).hexdigest(),
     }
     marks = folder / "made_from.json"
@@ -137,7 +145,10 @@ def open_cache(
         if not fresh:
             continue
         if not path.exists():
-            write_tensors(path, encode_chunk(source, fresh, buckets, encoders, device, progress, captions))
+            write_tensors(
+                path,
+                encode_chunk(source, fresh, buckets, encoders, device, progress, captions, prototypes),
+            )
         progress(numbers.stop, len(source))
         tensors = read_tensors(path)
         places.update(zip(fresh, tensors["bucket"].tolist(), strict=True))
@@ -153,7 +164,8 @@ def holds(found: dict[str, Any], mark: dict[str, Any]) -> bool:
     """Whether a cache made from `found` has all of one made from `mark`, and perhaps of more parts."""
     if found.get("format") != mark["format"]:
         return False
-    return found == mark | {"parts": found["parts"] | mark["parts"]}
+    more = {"parts": found["parts"] | mark["parts"], "prototypes": found["prototypes"] or mark["prototypes"]}
+    return found == mark | more
 
 
 def encode_chunk(
@@ -164,9 +176,10 @@ def encode_chunk(
     device: torch.device,
     progress: Callable[[int, int], None],
     limit: int,
+    prototypes: bool,
 ) -> dict[str, Tensor]:
-    """The tensors of some samples, float16: latents c.N and b.N, mask m.N, embedding i.N, captions t.N.K and
-    p.N.K; and the object map o.N, int8."""
+    """The tensors of some samples, float16: latents c.N and b.N, prototype g.N, mask m.N, embedding i.N,
+    captions t.N.K and p.N.K; and the object map o.N, int8."""
     assert encoders.text is not None
     tensors: dict[str, Tensor] = {}
     place_of: list[int] = []
@@ -183,6 +196,12 @@ def encode_chunk(
             if encoded is not None:
                 for (number, _, _), row in zip(members, encoded.to(torch.float16).cpu(), strict=True):
                     tensors[f"{kind}.{number}"] = row.clone()
+        if prototypes:
+            named = [source.prototype(number) for number, _, _ in members]
+            latents = encode_prototypes(encoders.semantic, named, device).to(torch.float16).cpu()
+            for (number, _, _), picture, row in zip(members, named, latents, strict=True):
+                if picture is not None:
+                    tensors[f"g.{number}"] = row.clone()
         for number, _, sample in members:
             height, width = tensors[f"c.{number}"].shape[-2:]
             found = object_map(sample.meta, sample.image.size, (height, width))

@@ -60,6 +60,9 @@ class DataSettings(Settings):
     shuffle_tags: bool = Field(False, description="tags of a caption, separated by commas, in any order")
     keep_tags: int = Field(0, ge=0, description="so many tags at its beginning stay where they are")
     drop_tags: float = Field(0.0, ge=0, lt=1, description="share of the other tags left out")
+    prototypes: bool = Field(
+        False, description="Stage C's guess learns the picture that a sample's JSON names as `prototype`"
+    )
     cache: str = Field("", description="folder for latents and embeddings made once, before training")
     readers: int = Field(1, ge=0, description="batches read ahead in the background")
 

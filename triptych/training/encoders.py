@@ -61,6 +61,7 @@ class Encoded:
     image_embed: Tensor | None  # (B, Wi)
     mask: Tensor | None = None  # (B, 1, H/4, W/4) in [0, 1], 1 where the picture matters; None: everywhere
     objects: Tensor | None = None  # (B, 2, h, w), see `object_map`; None where no picture says what it shows
+    prototype: Tensor | None = None  # (B, 16, 8, 8) as `guess_loss` takes them
 
 
 def shrink_mask(mask: Tensor) -> Tensor:

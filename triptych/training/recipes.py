@@ -37,7 +37,7 @@ from triptych.models.semantic import (
     SemanticEncoder,
 )
 from triptych.models.stage_b import STAGE_B, StageB
-from triptych.models.stage_c import STAGE_C, StageC, at_size
+from triptych.models.stage_c import STAGE_C, StageC
 from triptych.training.cache import Cache, open_cache, stack_known
 from triptych.training.checkpointing import build_network
 from triptych.training.config import DiffusionSettings, RunSettings
@@ -52,6 +52,7 @@ from triptych.training.encoders import (
     shrink_mask,
 )
 from triptych.training.grounding import UNKNOWN, Answer, Grounding, grounding_loss, middle_of, object_map
+from triptych.training.guess import blur_words, encode_prototypes, guess_loss
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
 from triptych.training.muon import leave_to_adamw
 from triptych.training.processes import total
@@ -189,6 +190,7 @@ class DiffusionBatch:
     pictures: Batch | None = None
     captions: list[str] = dataclasses.field(default_factory=list)
     encoded: Encoded | None = None
+    prototypes: list[Image.Image | None] = dataclasses.field(default_factory=list)  # [] if unasked
 
 
 def diffusion_task(
@@ -227,7 +229,9 @@ def diffusion_task(
     def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
         if cache is None:
             batch = pictures.load(plan, places)
-            return DiffusionBatch(plan, places, batch, pictures.captions(batch))
+            asked = [plan.samples[place] for place in places] if guesses and settings.data.prototypes else []
+            named = [pictures.source.prototype(sample) for sample in asked]
+            return DiffusionBatch(plan, places, batch, pictures.captions(batch), prototypes=named)
         samples = [plan.samples[place] for place in places]
         numbers = [
             pictures.caption_number(plan, place, cache.captions[sample])
@@ -254,9 +258,9 @@ def diffusion_task(
             losses.terms["grounding"] = named.detach()
         if guesses:
             assert guess.map is not None
-            wanted = encoded.latents_c.to(device)
-            weigh = masked(encoded.mask, wanted, settings.diffusion)
-            missed = per_sample_loss(at_size(guess.map, wanted.shape[-2:]), wanted, weigh).mean()
+            own, prototype = encoded.latents_c.to(device), encoded.prototype
+            prototype = None if prototype is None else prototype.to(device)
+            missed = guess_loss(guess.map, own, prototype, masked(encoded.mask, own, settings.diffusion))
             losses.total = losses.total + settings.diffusion.guess * missed
             losses.terms["guess"] = missed.detach()
         return losses
@@ -309,7 +313,10 @@ def open_diffusion_cache(
     folder = Path(settings.data.cache)
     told_anew = pictures.rearranges or settings.recipe == "lora"  # no text is kept then
     captions = 0 if told_anew else settings.data.captions
-    return open_cache(folder, pictures.source, pictures.buckets, encoders, files, device, progress, captions)
+    return open_cache(
+        folder, pictures.source, pictures.buckets, encoders, files, device, progress, captions,
+        settings.data.prototypes,
+    )  # fmt: skip
 
 
 def encode_batch(
@@ -332,7 +339,10 @@ def encode_batch(
     mask = None if mask is None else shrink_mask(mask)
     height, width = latents_c.shape[-2:]
     maps = [object_map(one.meta, one.image.size, (height, width)) for one in batch.pictures.samples]
-    return Encoded(latents_c, latents_b, hidden, pooled, image, mask, stack_known(maps, UNKNOWN))
+    prototype = None
+    if batch.prototypes:
+        prototype = encode_prototypes(encoders.semantic, batch.prototypes, device)
+    return Encoded(latents_c, latents_b, hidden, pooled, image, mask, stack_known(maps, UNKNOWN), prototype)
 
 
 def stage_c_loss(
@@ -374,21 +384,6 @@ def stage_c_loss(
     return diffusion_losses(
         predict, x0, eps, t.to(device), diffusion.prediction, diffusion.weight, adaptive, weigh
     )
-
-
-def blur_words(guess: nn.Module, amount: float) -> None:
-    """While it learns, give a guess its pooled text (B, ..., W) with noise, for each row between nothing and
-    `amount` of the text's own deviation: words it never heard should lead to those near them."""
-
-    def disturbed(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not module.training:
-            return None
-        text = given[0]
-        share = amount * torch.rand(len(text), *[1] * (text.dim() - 1), device=text.device)
-        return (text + share * text.std(-1, keepdim=True) * torch.randn_like(text),)
-
-    if amount:
-        guess.register_forward_pre_hook(disturbed)
 
 
 def stage_b_loss(
