@@ -4,10 +4,10 @@
     python scripts/build_icons.py --out icons
 
 The drawings come from npm packages (fetched by `npm pack`, or found in --packages), rendered with resvg; what
-is drawn where and how it is captioned stands in icons/catalogue.jsonl.xz beside this file;
-icon_captions.py makes of that what is told. Pictures are 256 x 256 WebP in tar shards. Shapes are drawn here.
-`--only twemoji --limit 20` makes a small part, and `--compare DIR` reports how near the pictures are to those
-of another copy. Licences of the drawings: icons/LICENCES.md.
+is drawn where and how it is captioned stands in icons/catalogue.jsonl.xz beside this file, and what of that
+is told in icon_captions.py. Pictures are 256 x 256 WebP in tar shards; those of validation and drawn shapes
+lie in folders of their own. `--only twemoji --limit 20` makes a small part, and `--compare DIR` reports how
+near the pictures are to those of another copy. Licences of the drawings: icons/LICENCES.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from icon_captions import house_drawings, retell
+from icon_captions import house_drawings, retell, shown_again
 from PIL import Image
 
 from triptych.data.shapes import write_shapes
@@ -203,6 +203,26 @@ def compare(made: Path, other: Path) -> None:
         print(f"{made.name}: {len(found)} pictures, PSNR median {middle:.1f} dB, lowest percent {low:.1f} dB")
 
 
+def shard_path(out: Path, shard: str) -> Path:
+    """Where a shard is written: training reads all of the folder itself, and nothing below it."""
+    below = {"val": "validation", "shapes": "shapes"}.get(shard.split("-")[0], "")
+    folder = out / below
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{shard}.tar"
+
+
+def tell(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give rows their captions and prototypes; returns those that are shown again."""
+    styles = {name: one.style for name, one in SETS.items()}
+    told, house = retell(rows, styles, SHARE_ALIKE), house_drawings(rows, styles, SHARE_ALIKE)
+    for row in rows:
+        if row["key"] in told:
+            row["captions"] = told[row["key"]]
+            if row["name"] in house:
+                row["prototype"] = house[row["name"]]
+    return shown_again(rows, told, house)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,34 +250,27 @@ def main() -> None:
             taken[name] += 1
             shards.setdefault(row["shard"], []).append(row)
     if not arguments.plain_captions:
-        rows = [row for shard in shards.values() for row in shard]
-        styles = {name: one.style for name, one in SETS.items()}
-        told, house = retell(rows, styles, SHARE_ALIKE), house_drawings(rows, styles, SHARE_ALIKE)
-        for row in rows:
-            if row["shard"] != "val":
-                row["captions"] = told[row["key"]]
-                if row["name"] in house:
-                    row["prototype"] = house[row["name"]]
+        shards["house-00000"] = tell([row for rows in shards.values() for row in rows])
     packages = {name: Package(name, folder) for name in sorted(wanted)}
     counts = {}
     for shard, rows in shards.items():
-        path = arguments.out / f"{shard}.tar"
+        path = shard_path(arguments.out, shard)
         build(rows, packages, path)
-        counts[path.name] = len(rows)
+        counts[path] = len(rows)
         print(f"{path}: {len(rows)} pictures", flush=True)
-        if arguments.compare is not None:
-            compare(path, arguments.compare / path.name)
+        if arguments.compare is not None and (other := arguments.compare / path.name).exists():
+            compare(path, other)
     if arguments.only is None and arguments.limit is None:
         for shard, seed in SHAPES.items():
-            path = arguments.out / f"{shard}.tar"
+            path = shard_path(arguments.out, shard)
             write_shapes(path, SHAPES_PER_SHARD, seed)
-            counts[path.name] = SHAPES_PER_SHARD
+            counts[path] = SHAPES_PER_SHARD
     listing = {
-        name: {
+        path.relative_to(arguments.out).as_posix(): {
             "samples": count,
-            "sha256": hashlib.sha256((arguments.out / name).read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
-        for name, count in counts.items()
+        for path, count in counts.items()
     }
     (arguments.out / "manifest.json").write_text(json.dumps({"shards": listing}, indent=1) + "\n")
 

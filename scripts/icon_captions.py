@@ -7,6 +7,8 @@ House style. A name without a style ("a tennis ball") belongs to one drawing of 
 average of a dozen drawings.
 
 Prototypes. Every drawing names that one as its prototype, which the guess of Stage C learns in its place.
+That one is also shown again, told what others of the name are called, once for every three of them on the same
+background, so that it is at home in all styles.
 
 Stand-ins. A drawing is also told in the styles it looks most like, for want of a nearer one: the smooth
 gradient bell pepper is "a bell pepper, 3d render style" too. So a style that a thing was never drawn in
@@ -61,6 +63,7 @@ ALIKE = {
 }
 BACKGROUND = re.compile(r" on an? [a-z ]*background$")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
+SHARED_BY = 3  # drawings whose captions one more showing of the house drawing takes
 DRAWN_SHAPES = ("circle", "square")  # words of the drawn shapes
 MAIN = 4  # of the catalogue's captions: main, bare name, with style and background, by colour or synonym
 
@@ -102,6 +105,25 @@ def retell(
             found.append(form.format(noun) + place if turn % 2 == 0 else form.format(f"{noun}{place}"))
         captions[key] = list(dict.fromkeys(found))
     return captions
+
+
+def shown_again(rows: Sequence[Row], told: dict[str, list[str]], house: dict[str, str]) -> list[Row]:
+    """Rows of the drawings that bare names mean, once more, with what `told` calls others of the name."""
+    by_key = {row["key"]: row for row in rows}
+    others: dict[str, list[str]] = defaultdict(list)
+    for key in told:
+        row = by_key[key]
+        shown = house.get(row["name"], key)
+        if shown != key and by_key[shown]["background"] == row["background"]:
+            others[shown].append(key)
+    again = []
+    for shown, keys in others.items():
+        for number in range(0, len(keys), SHARED_BY):
+            texts = [
+                text for key in keys[number : number + SHARED_BY] for text in told[key] if STYLED.search(text)
+            ]
+            again.append(by_key[shown] | {"key": f"{shown}-{number}", "captions": list(dict.fromkeys(texts))})
+    return again
 
 
 def set_of(row: Row) -> str:

@@ -1,6 +1,6 @@
 """Write the measured tables of docs/mini.md and docs/editing.md from the rows of `triptych evaluate`.
 
-    python scripts/model_card.py runs/card --data data/icons/val.tar
+    python scripts/model_card.py runs/card --data data/icons/validation/val.tar
 
 measures whatever runs/card does not hold yet (about 40 minutes on two cores; two evaluations at a time), then
 writes every table between its `measured` comments anew. `--seeds 5` draws five pictures a prompt.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -108,3 +109,31 @@ def test_the_catalogue_tells_no_prompt_of_validation(icons: ModuleType, captions
         text for texts in found.values() for text in texts if text in ("a tennis ball", "tennis ball")
     )
     assert set(bare.values()) == {1}
+
+
+def test_the_house_drawing_is_shown_again_for_every_three_others(icons: ModuleType) -> None:
+    rows = list(icons.catalogue())
+    again = icons.tell(rows)
+    by_key = {row["key"]: row for row in rows}
+    eligible = sum(
+        row["prototype"] != row["key"] and by_key[row["prototype"]]["background"] == row["background"]
+        for row in rows
+        if "prototype" in row
+    )
+    assert eligible / 3 <= len(again) < eligible / 2
+    assert not {row["key"] for row in again} & by_key.keys()
+    for one in again:
+        drawing = by_key[one["key"].rpartition("-")[0]]
+        assert one["icon"] == drawing["icon"]
+        assert one["prototype"] == drawing["key"] == drawing["prototype"]
+        told = {text for row in rows if row["name"] == one["name"] for text in row["captions"]}
+        assert one["captions"]
+        assert set(one["captions"]) <= told
+
+
+def test_training_and_validation_lie_in_folders_of_their_own(icons: ModuleType, tmp_path: Path) -> None:
+    shards = ("train-00000", "house-00000", "val", "shapes-train-00001")
+    paths = [icons.shard_path(tmp_path, shard).relative_to(tmp_path).as_posix() for shard in shards]
+    assert paths == [
+        "train-00000.tar", "house-00000.tar", "validation/val.tar", "shapes/shapes-train-00001.tar",
+    ]  # fmt: skip
