@@ -6,8 +6,8 @@ House style. A name without a style ("a tennis ball") belongs to one drawing of 
 `HOUSE` that has it, on white if one is. Every other drawing says its style each time. Otherwise a name is an
 average of a dozen drawings.
 
-Prototypes. Every drawing names that one as its prototype, which the guess of Stage C learns in its place.
-That one is also shown again, told what others of the name are called, once for every three of them on the same
+Prototypes. Every drawing names that one as its prototype, which the guess of Stage C learns in its place. It
+is also shown again, told what others of the name are called, once for every three of them on the same
 background, so that it is at home in all styles.
 
 Stand-ins. A drawing is also told in the styles it looks most like, for want of a nearer one: the smooth
