@@ -122,9 +122,14 @@ def test_a_run_from_a_cache_learns_the_same_prototypes(model: Path, pictures: Pa
     train(settings(model, tmp_path / "live", 3, **data))
     train(settings(model, tmp_path / "cached", 3, **data, cache=str(tmp_path / "cache")))
     train(settings(model, tmp_path / "own", 3, **data | {"prototypes": False}))
-    live, cached, own = (logged(tmp_path / name, "stage_c.guess") for name in ("live", "cached", "own"))
+    unasked = data | {"prototypes": False, "cache": str(tmp_path / "cache")}
+    train(settings(model, tmp_path / "unasked", 3, **unasked))  # from a cache that holds them all the same
+    live, cached, own, left = (
+        logged(tmp_path / name, "stage_c.guess") for name in ("live", "cached", "own", "unasked")
+    )
     assert live == pytest.approx(cached, rel=1e-2)  # a cache rounds latents to float16
     assert live != pytest.approx(own, rel=1e-2)
+    assert own == pytest.approx(left, rel=1e-2)
 
 
 def test_a_guess_gives_the_prototype_whatever_style_is_asked_for(pictures: Path, tmp_path: Path) -> None:

@@ -258,8 +258,9 @@ def diffusion_task(
             losses.terms["grounding"] = named.detach()
         if guesses:
             assert guess.map is not None
-            own, prototype = encoded.latents_c.to(device), encoded.prototype
-            prototype = None if prototype is None else prototype.to(device)
+            own, prototype = encoded.latents_c.to(device), None
+            if settings.data.prototypes and encoded.prototype is not None:  # a cache may hold them unasked
+                prototype = encoded.prototype.to(device)
             missed = guess_loss(guess.map, own, prototype, masked(encoded.mask, own, settings.diffusion))
             losses.total = losses.total + settings.diffusion.guess * missed
             losses.terms["guess"] = missed.detach()
