@@ -80,13 +80,13 @@ def retell(
     """
     told = [row for row in rows if row["shard"] != "val"]
     by_name = drawings_by_name(rows, style_of, left_out)
+    house = {house_drawing(drawings) for drawings in by_name.values()}
     held_out = {
         (row[kind], style_of[set_of(row)])
         for row in rows
         if row["shard"] == "val"
         for kind in ("name", "concept")
     }
-    house = set(house_drawings(rows, style_of, left_out).values())
     short = short_names(rows, house)
     stands_in = stand_ins(by_name, held_out)
     captions = {}
@@ -165,11 +165,14 @@ def house_drawings(
     rows: Iterable[Row], style_of: dict[str, str], left_out: Iterable[str] = ()
 ) -> dict[str, str]:
     """For each name the key of the drawing that it means when no style is said."""
-    found = {}
-    for name, drawings in drawings_by_name(rows, style_of, left_out).items():
-        order = [drawings[style] for style in HOUSE if style in drawings]
-        found[name] = next((row for row in order if row["background"] == "white"), order[0])["key"]
-    return found
+    by_name = drawings_by_name(rows, style_of, left_out)
+    return {name: house_drawing(drawings) for name, drawings in by_name.items()}
+
+
+def house_drawing(drawings: dict[str, Row]) -> str:
+    """The key of one of the drawings of a name, by style: the first in HOUSE, on white if one is."""
+    order = [drawings[style] for style in HOUSE if style in drawings]
+    return str(next((row for row in order if row["background"] == "white"), order[0])["key"])
 
 
 def short_names(rows: Sequence[Row], house: set[str]) -> dict[str, list[str]]:
