@@ -1,13 +1,14 @@
 """Rebuild the icon set that the small cascade was trained on, from public packages.
 
-    pip install resvg-py
+    pip install resvg-py opencv-python-headless
     python scripts/build_icons.py --out icons
 
-The drawings come from npm packages (fetched by `npm pack`, or found in --packages), rendered with resvg; what
-is drawn where and how it is captioned stands in icons/catalogue.jsonl.xz beside this file, and what of that
-is told in icon_captions.py. Pictures are 256 x 256 WebP in tar shards; those of validation and drawn shapes
-lie in folders of their own. `--only twemoji --limit 20` makes a small part, and `--compare DIR` reports how
-near the pictures are to those of another copy. Licences of the drawings: icons/LICENCES.md.
+The drawings come from npm packages (fetched by `npm pack`, or found in --packages), rendered with resvg;
+what is drawn where and how it is captioned stands in icons/catalogue.jsonl.xz beside this file, what of
+that is told in icon_captions.py, and in which other looks it is shown in icon_looks.py. Pictures are 256
+x 256 WebP in tar shards; those of validation and drawn shapes lie in folders of their own. `--only
+twemoji --limit 20` makes a small part, and `--compare DIR` reports how near the pictures are to those of
+another copy. Licences of the drawings: icons/LICENCES.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from icon_captions import house_drawings, retell, shown_again
+from icon_looks import other_looks, with_look
 from PIL import Image
 
 from triptych.data.shapes import write_shapes
@@ -177,7 +179,10 @@ def build(rows: list[dict[str, Any]], packages: dict[str, Package], path: Path) 
     with tarfile.open(partial, "w") as tar:
         for row in rows:
             name = row["key"].split("_")[0]
-            image = place(packages[name].drawing(row["icon"]), row["side"], BACKGROUNDS[row["background"]])
+            drawing = packages[name].drawing(row["icon"])
+            if "look" in row:
+                drawing = with_look(drawing, row["look"])
+            image = place(drawing, row["side"], BACKGROUNDS[row["background"]])
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=QUALITY, method=6)
             text = json.dumps(metadata(row, SETS[name]), ensure_ascii=False, separators=(",", ":"))
@@ -211,16 +216,20 @@ def shard_path(out: Path, shard: str) -> Path:
     return folder / f"{shard}.tar"
 
 
-def tell(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give rows their captions and prototypes; returns those that are shown again."""
+def tell(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Give rows their captions and prototypes; returns those that are shown again, as they are or in other
+    looks, by shard."""
     styles = {name: one.style for name, one in SETS.items()}
     told, house = retell(rows, styles, SHARE_ALIKE), house_drawings(rows, styles, SHARE_ALIKE)
+    looks = other_looks(rows, styles, SHARE_ALIKE)
     for row in rows:
         if row["key"] in told:
             row["captions"] = told[row["key"]]
             if row["name"] in house:
                 row["prototype"] = house[row["name"]]
-    return shown_again(rows, told, house)
+    for row in looks:
+        row["prototype"] = house[row["name"]]
+    return {"house-00000": shown_again(rows, told, house), "looks-00000": looks}
 
 
 def main() -> None:
@@ -250,7 +259,7 @@ def main() -> None:
             taken[name] += 1
             shards.setdefault(row["shard"], []).append(row)
     if not arguments.plain_captions:
-        shards["house-00000"] = tell([row for rows in shards.values() for row in rows])
+        shards |= tell([row for rows in shards.values() for row in rows])
     packages = {name: Package(name, folder) for name in sorted(wanted)}
     counts = {}
     for shard, rows in shards.items():

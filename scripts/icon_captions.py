@@ -1,6 +1,6 @@
 """What the drawings of the icon set are called while Stage C learns.
 
-Three rules on top of the catalogue's captions (docs/mini.md tells what they bring):
+Four rules on top of the catalogue's captions (docs/mini.md tells what they bring):
 
 House style. A name without a style ("a tennis ball") belongs to one drawing of that name, the first of
 `HOUSE` that has it, on white if one is. Every other drawing says its style each time. Otherwise a name is an
@@ -10,6 +10,9 @@ Prototypes. Every drawing names that one as its prototype, which the guess of St
 is also shown again, told what others of the name are called, once for every three of them on the same
 background, so that it is at home in all styles.
 
+Other words. That drawing is also told by what a dictionary says the name means, by synonyms and by its
+keywords ("diet, food, fruit, health, ripe"), so that it can be asked for without its name.
+
 Stand-ins. A drawing is also told in the styles it looks most like, for want of a nearer one: the smooth
 gradient bell pepper is "a bell pepper, 3d render style" too. So a style that a thing was never drawn in
 gives one of its drawings, not a mixture. Pairs of name and style that are held out for validation are never
@@ -18,9 +21,12 @@ told.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 STYLES = {
@@ -61,10 +67,13 @@ ALIKE = {
     "cartoon": ("simple flat", "gradient", "3d", "flat"),
     "3d": ("gradient", "bright flat", "flat", "shaded"),
 }
+MADE = {"outlined"}  # no set that is trained on has it; icon_looks.py makes it
 BACKGROUND = re.compile(r" on an? [a-z ]*background$")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 SHARED_BY = 3  # drawings whose captions one more showing of the house drawing takes
 DRAWN_SHAPES = ("circle", "square")  # words of the drawn shapes
+LEAST_KEYWORDS = 3  # with fewer, keywords alone do not tell what is meant
+MEANINGS = Path(__file__).with_name("icons") / "meanings.json"
 MAIN = 4  # of the catalogue's captions: main, bare name, with style and background, by colour or synonym
 
 Row = dict[str, Any]
@@ -81,14 +90,8 @@ def retell(
     told = [row for row in rows if row["shard"] != "val"]
     by_name = drawings_by_name(rows, style_of, left_out)
     house = {house_drawing(drawings) for drawings in by_name.values()}
-    held_out = {
-        (row[kind], style_of[set_of(row)])
-        for row in rows
-        if row["shard"] == "val"
-        for kind in ("name", "concept")
-    }
     short = short_names(rows, house)
-    stands_in = stand_ins(by_name, held_out)
+    stands_in = stand_ins(by_name, held_out(rows, style_of))
     captions = {}
     for number, row in enumerate(told):
         style, key = style_of[set_of(row)], row["key"]
@@ -96,7 +99,8 @@ def retell(
         found = list(row["captions"][:MAIN])
         if key in house:
             found.append(f"{noun}{place}")
-            found += [f"{'an' if word[0] in 'aeiou' else 'a'} {word}{place}" for word in short.get(key, ())]
+            found += [with_article(word) + place for word in short.get(key, ())]
+            found += in_other_words(row)
         else:
             found = [text if k > 1 else with_style(text, style) for k, text in enumerate(found)]
             found.append(with_style(f"{noun}{place}", style))
@@ -126,12 +130,41 @@ def shown_again(rows: Sequence[Row], told: dict[str, list[str]], house: dict[str
     return again
 
 
+def held_out(rows: Iterable[Row], style_of: dict[str, str]) -> set[tuple[str, str]]:
+    """Pairs of a name, or of a concept, and a style that validation asks for."""
+    validation = [row for row in rows if row["shard"] == "val"]
+    return {(row[kind], style_of[set_of(row)]) for row in validation for kind in ("name", "concept")}
+
+
 def set_of(row: Row) -> str:
     return str(row["key"].split("_")[0])
 
 
 def with_style(text: str, style: str) -> str:
     return text if STYLED.search(text) else STYLES[style][1].format(text)
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def in_other_words(row: Row) -> list[str]:
+    """What else says what it is: its meaning in a dictionary, synonyms, and its keywords, with and without
+    its name."""
+    found = [f"{text}{place_of(row)}" for text in meanings().get(row["name"], ())]
+    keywords = ", ".join(row["keywords"])
+    if keywords:
+        found += [keywords, f"{row['name']}, {keywords}"]
+    said = set(re.findall(r"[a-z]+", f"{row['name']} {row['captions'][1]}".lower()))
+    words = [word for word in row["keywords"] if not said & {word, word.removesuffix("s"), f"{word}s"}]
+    return [*found, ", ".join(words)] if len(words) >= LEAST_KEYWORDS else found
+
+
+@cache
+def meanings() -> dict[str, list[str]]:
+    """Meanings by name, from WordNet (make_icon_meanings.py)."""
+    found: dict[str, list[str]] = json.loads(MEANINGS.read_text(encoding="utf-8"))
+    return found
 
 
 def place_of(row: Row) -> str:
@@ -188,13 +221,13 @@ def short_names(rows: Sequence[Row], house: set[str]) -> dict[str, list[str]]:
     return found
 
 
-def stand_ins(by_name: dict[str, dict[str, Row]], held_out: set[tuple[str, str]]) -> dict[str, list[str]]:
+def stand_ins(by_name: dict[str, dict[str, Row]], unheard: set[tuple[str, str]]) -> dict[str, list[str]]:
     """The styles in which each drawing is told beside its own, by key."""
     found: dict[str, list[str]] = {}
     for name, drawings in by_name.items():
         concept = next(iter(drawings.values()))["concept"]
         for style in STYLES:
-            if {(name, style), (concept, style)} & held_out:
+            if style in MADE or {(name, style), (concept, style)} & unheard:
                 continue
             nearest = [
                 other for other in (*ALIKE.get(style, ()), *HOUSE) if other != style and other in drawings

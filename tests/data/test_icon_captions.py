@@ -29,7 +29,7 @@ def row(
     place = "" if background == "white" else f" on a {background} background"
     return {
         "key": f"{style}_{n}", "shard": shard, "name": name, "concept": name, "background": background,
-        "emoji": "\N{BELL}",
+        "emoji": "\N{BELL}", "keywords": ["chime", "gold", "ring", "sound"],
         "captions": [
             f"a {name}{place}", name,
             f"a {style} icon of a {name} on a {background} background", f"a gold {name}",
@@ -84,6 +84,21 @@ def test_pairs_held_out_and_sets_left_out_are_not_told(captions: ModuleType) -> 
     assert all("muted flat" in text or text.startswith("a gold") for text in found["muted flat_0"])
 
 
+def test_the_house_drawing_is_told_in_other_words(captions: ModuleType) -> None:
+    found = told(captions, row("flat"), row("gradient"))
+    (meaning,) = {text for text in found["flat_0"] if "hollow device" in text}
+    assert "bell" not in meaning
+    assert {"chime, gold, ring, sound", "bell, chime, gold, ring, sound"} <= set(found["flat_0"])
+    assert not any("hollow device" in text or "chime" in text for text in found["gradient_0"])
+
+
+def test_a_meaning_belongs_to_one_name(captions: ModuleType) -> None:
+    texts = [text for found in captions.meanings().values() for text in found]
+    assert len(captions.meanings()) > 500
+    assert max(Counter(texts).values()) == 1
+    assert "green apple" not in captions.meanings()  # the red one has it
+
+
 def test_a_noun_without_its_colour_means_the_first_that_has_one(captions: ModuleType) -> None:
     red, green = row("flat", "red apple"), row("flat", "green apple", n=1)
     red["emoji"], green["emoji"] = "\N{RED APPLE}", "\N{GREEN APPLE}"
@@ -98,7 +113,7 @@ def test_the_catalogue_tells_no_prompt_of_validation(icons: ModuleType, captions
     found = captions.retell(rows, {name: one.style for name, one in icons.SETS.items()}, icons.SHARE_ALIKE)
     assert len(found) == sum(row["shard"] != "val" for row in rows)
     prompts = set()
-    for name in ("icons_100", "icons_val"):
+    for name in ("icons_100", "icons_val", "icons_described"):
         text = (files("triptych") / "evaluation" / "prompt_sets" / f"{name}.jsonl").read_text(
             encoding="utf-8"
         )
@@ -113,7 +128,7 @@ def test_the_catalogue_tells_no_prompt_of_validation(icons: ModuleType, captions
 
 def test_the_house_drawing_is_shown_again_for_every_three_others(icons: ModuleType) -> None:
     rows = list(icons.catalogue())
-    again = icons.tell(rows)
+    again = icons.tell(rows)["house-00000"]
     by_key = {row["key"]: row for row in rows}
     eligible = sum(
         row["prototype"] != row["key"] and by_key[row["prototype"]]["background"] == row["background"]

@@ -223,7 +223,8 @@ def bench_network(
         contenders["diffusers compiled"] = their_steps(network, x, cond, dtype, steps)
         with torch.no_grad():
             difference = max(difference, compare(torch.cat(list(blocks(x, told[:1], BOTH[:count]))), answer))
-            next(contenders["diffusers compiled"])
+            for name in ("triptych compiled", "diffusers compiled"):
+                next(contenders[name])
     plain = Scratch(once=False, fused=False)
     products = record_products(lambda: ours(doubled, told, **cond, scratch=plain))
     progress(f"{part}: measuring")

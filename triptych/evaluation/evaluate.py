@@ -134,6 +134,7 @@ def evaluate_icons(
     seeds: Sequence[int] = (0,),
     progress: Progress | None = None,
     judge: LoadedJudge | None = None,
+    name: str = "icons",
     **settings: Any,
 ) -> Report:
     """Draw each prompt with each seed; measure how often the judge ranks its concept first of a hundred."""
@@ -154,8 +155,8 @@ def evaluate_icons(
         }
         for prompt, seed, rank, score in zip(asked, drawn, ranks, scores, strict=True)
     ]
-    measures = {name: share(rows, name) for name in ("first", f"top{TOP}")}
-    return Report("icons", measures, rows, used, images)
+    measures = {measure: share(rows, measure) for measure in ("first", f"top{TOP}")}
+    return Report(name, measures, rows, used, images)
 
 
 def evaluate_reconstruction(

@@ -20,9 +20,10 @@ from triptych.evaluation.structured import structured_prompts
 
 SHAPES_SETS = ("shapes_single", "shapes_pairs", "shapes_heldout")
 ICONS_SET = "icons_100"
+DESCRIBED_SET = "icons_described"
 FULL_SHAPES, FULL_ICONS = "shapes_val", "icons_val"
 PARTI, AESTHETIC, STRUCTURED, OBJECTS = "parti", "aesthetic", "structured", "objects"
-NAMED_SETS = (PARTI, AESTHETIC, STRUCTURED, OBJECTS, *SHAPES_SETS, ICONS_SET)
+NAMED_SETS = (PARTI, AESTHETIC, STRUCTURED, OBJECTS, *SHAPES_SETS, ICONS_SET, DESCRIBED_SET)
 FILE_KINDS = (".txt", ".tsv", ".jsonl")
 
 
@@ -67,6 +68,11 @@ def structured_shapes() -> dict[str, list[ShapesPrompt]]:
 def icon_prompts(everything: bool = False) -> list[IconPrompt]:
     """One prompt for each of the judge's concepts, or every validation caption of them."""
     return [IconPrompt(**row) for row in _rows(FULL_ICONS if everything else ICONS_SET)]
+
+
+def described_prompts() -> list[IconPrompt]:
+    """Descriptions of the judge's concepts that do not say their names."""
+    return [IconPrompt(**row) for row in _rows(DESCRIBED_SET)]
 
 
 def _shapes_prompt(row: dict[str, Any]) -> ShapesPrompt:

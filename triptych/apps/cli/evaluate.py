@@ -44,24 +44,25 @@ Examples:
 
 shapes: are the asked-for coloured shapes there, in their relation? One object, pairs, and pairs of colour and
 shape that no training picture has. icons: does a classifier name the prompt's concept first among a hundred?
-binding: how much worse does Stage C denoise pairs when forms or colours of their captions are exchanged?
-Nothing is drawn for that: it tells within a minute whether a run learns which word belongs where.
-reconstruction: how pictures survive Stage A, and the semantic encoder with Stages B and A. image_encoder: is
-a picture's own name the nearest of a hundred to its embedding? Nothing is drawn for that. variations: is the
-concept of an icon still seen in its variations? img2img: how much of a picture is left at each strength?
-canny, inpainting, super_resolution, pixel_super_resolution: how well pictures follow their ControlNet.
-structured: one skill at a time, as GenEval asks: counting, colours, position, binding. scores: any prompts,
-or pictures that hold theirs, judged by published networks: clipscore, pickscore, hps, imagereward, aesthetic,
-and detector for the things of --prompts objects. Their files are yours, in WEIGHTS/NAME; a judge that is
-missing says how to get it. lpips and dists are for reconstruction. distances: Frechet
-(FID, FD), kernel (KID), CMMD, precision and recall of a folder against another; the network comes with the
-package (mobilenet), is yours in WEIGHTS/inception (FID and KID as published), or is downloaded with
---download (clip, dinov2).
+words: the same, asked for without their names ("the organ we think with"). looks: do twenty things come as
+line art, a silhouette, in black and white, in other colours when asked to? binding: how much worse does Stage
+C denoise pairs when forms or colours of their captions are exchanged? Nothing is drawn for that: it tells
+within a minute whether a run learns which word belongs where. reconstruction: how pictures survive Stage A,
+and the semantic encoder with Stages B and A. image_encoder: is a picture's own name the nearest of a hundred
+to its embedding? Nothing is drawn for that. variations: is the concept of an icon still seen in its
+variations? img2img: how much of a picture is left at each strength? canny, inpainting, super_resolution,
+pixel_super_resolution: how well pictures follow their ControlNet. structured: one skill at a time, as GenEval
+asks: counting, colours, position, binding. scores: any prompts, or pictures that hold theirs, judged by
+published networks: clipscore, pickscore, hps, imagereward, aesthetic, and detector for the things of
+--prompts objects. Their files are yours, in WEIGHTS/NAME; a judge that is missing says how to get it. lpips
+and dists are for reconstruction. distances: Frechet (FID, FD), kernel (KID), CMMD, precision and recall of a
+folder against another; the network comes with the package (mobilenet), is yours in WEIGHTS/inception (FID and
+KID as published), or is downloaded with --download (clip, dinov2).
 """
 
 CONTROLS = ("canny", "inpainting", "super_resolution", "pixel_super_resolution")
 PICTURES = ("reconstruction", "image_encoder", "variations", "img2img", *CONTROLS)
-KINDS = ("shapes", "structured", "icons", "binding", "scores", *PICTURES, "distances")
+KINDS = ("shapes", "structured", "icons", "words", "looks", "binding", "scores", *PICTURES, "distances")
 DEFAULT_PICTURES = dict.fromkeys(PICTURES, 100) | {"variations": 40, "img2img": 20}
 # Measures that are no shares.
 PLAIN = ("psnr", "ssim", "distance", "lpips", "dists", "score", "hps", "imagereward", "aesthetic")
@@ -232,7 +233,12 @@ def measured(
     """The reports of one kind, each as soon as it is there."""
     from triptych.evaluation import editing
     from triptych.evaluation import evaluate as evaluation
-    from triptych.evaluation.prompts import icon_prompts, shapes_prompts, structured_shapes
+    from triptych.evaluation.prompts import (
+        described_prompts,
+        icon_prompts,
+        shapes_prompts,
+        structured_shapes,
+    )
 
     if what in ("shapes", "structured"):
         sets = shapes_prompts(everything) if what == "shapes" else structured_shapes()
@@ -248,6 +254,16 @@ def measured(
                 cascade, icon_prompts(everything)[:count], seeds, progress, **settings
             )
         yield report
+    elif what == "words":
+        with pictures_progress(what) as progress:
+            yield evaluation.evaluate_icons(
+                cascade, described_prompts()[:count], seeds, progress, name=what, **settings
+            )
+    elif what == "looks":
+        from triptych.evaluation.looks import evaluate_looks
+
+        with pictures_progress(what) as progress:
+            yield evaluate_looks(cascade, seeds, count, progress, **settings)
     elif what == "binding":
         from triptych.evaluation.binding import evaluate_binding
 
