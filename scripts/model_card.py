@@ -34,12 +34,14 @@ EVALUATIONS = {
     "variations": f"variations {VALIDATION} --count 40 --seeds 2",
     "reconstruction": f"reconstruction {VALIDATION}",
     "icons": "icons",
+    "words": "words",
+    "looks": "looks",
     "binding": "binding",
     "image_encoder": f"image_encoder {VALIDATION}",
     "shapes_192x192": "shapes --size 192x192 --count 30",
     "shapes_384x256": "shapes --size 384x256 --count 30",
 }
-SEEDED = ("shapes", "icons")  # what `--seeds` concerns
+SEEDED = ("shapes", "icons", "words")  # what `--seeds` concerns
 
 CARD = """
 | what | value | command |
@@ -50,6 +52,8 @@ CARD = """
 | background asked for | {shapes_single.background} | the same |
 | loss on pairs at time 0.8, forms exchanged in the caption | {binding.forms at 0.8} higher; colours {binding.colours at 0.8} | binding |
 | icons: concept first of 100 | {icons.first}; among five {icons.top5} | icons |
+| the same, told in other words than its name (72 descriptions) | {words.first}; among five {words.top5} | words |
+| looks asked for of 20 things | {looks.right}; unasked {looks.unasked}; line art {looks.line art}, silhouettes {looks.silhouette}, black and white {looks.black and white}, purple, green and blue {looks.purple}, {looks.green}, {looks.blue} | looks |
 | Stage A alone, 100 validation drawings | {reconstruction.a psnr}, SSIM {reconstruction.a ssim}, MobileNetV2 distance {reconstruction.a mobilenet distance} | reconstruction |
 | B and A from true semantic latents | {reconstruction.b+a psnr}, SSIM {reconstruction.b+a ssim}, MobileNetV2 distance {reconstruction.b+a mobilenet distance} | the same |
 | image encoder: own name first of 100 held-out drawings | {image_encoder.first}; among five {image_encoder.top5} | image_encoder |

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
+from triptych.apps.cli.main import app
 from triptych.evaluation.icon_judge import load_judge
 from triptych.evaluation.looks import ASKED, HUES, THINGS, evaluate_looks, has_look
 from triptych.evaluation.prompts import described_prompts
@@ -74,3 +78,13 @@ def test_descriptions_do_not_say_the_name() -> None:
     assert {p.concept for p in prompts} <= set(load_judge().concepts)
     for prompt in prompts:
         assert prompt.concept.lower() not in prompt.prompt.lower()
+
+
+@pytest.mark.parametrize(("what", "pictures"), [("words", 2), ("looks", 2 * len(ASKED))])
+def test_the_command_measures_both(what: str, pictures: int, tiny_cascade: Path) -> None:
+    arguments = ["evaluate", what, "--model", str(tiny_cascade), "--size", "64x64", "--count", "2", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (report,) = json.loads(result.stdout)
+    assert report["name"] == what
+    assert len(report["rows"]) == pictures
