@@ -1,4 +1,4 @@
-"""Meanings are read from WordNet's own files: senses in order, of things that can be seen, first clause only."""
+"""Meanings are read from WordNet's own files: senses in order, of things to be seen, first clause only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INDEX = """  1 This software is licensed.
 bat n 3 2 @ ~ 3 1 00000010 00000020 00000030
 """
 DATA = """  1 This software is licensed.
-00000010 05 n 02 bat 0 chiropteran 0 001 @ 00000040 n 0000 | nocturnal (mouselike) mammal with wings; "it flew"
+00000010 05 n 02 bat 0 chiropteran 0 000 | nocturnal (mouselike) mammal with wings; "it flew"
 00000020 04 n 02 bat 1 at-bat 0 000 | a turn trying to get a hit
 00000030 06 n 01 baseball_bat 0 000 | a club used for hitting a ball
 """
