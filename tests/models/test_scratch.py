@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triptych.models import fused, scratch
+from triptych.models import blocks, fused, scratch
 from triptych.models.blocks import AttentionBlock, ConvBlock, FeedForwardBlock
 from triptych.models.scratch import Scratch
 from triptych.models.stage_a import STAGE_A, StageA
@@ -153,9 +154,33 @@ def test_a_compiled_block_gives_the_same_and_serves_its_kind() -> None:
     for index, block in enumerate(network):
         with torch.no_grad():
             want = block(x)
-            assert_same(block(x, scratch=Scratch(compiled=True)), want)
+            assert_same(block(x, scratch=Scratch(fused=False, compiled=True)), want)
         made.append(counters["stats"]["unique_graphs"])
         assert made[-1] == made[0], f"block {index} was compiled anew"
+
+
+@pytest.mark.parametrize(("device", "spans"), [("cpu", True), ("meta", False)])
+@pytest.mark.parametrize("kind", [ConvBlock, FeedForwardBlock])
+def test_spans_stay_where_they_are_faster_than_compiled_blocks(
+    kind: type[nn.Module], device: str, spans: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def note(name: str) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            ran.append(name)
+            return torch.empty(1, 8, 4, 4)
+
+        return run
+
+    monkeypatch.setattr(blocks, "run_compiled", note("compiled"))
+    monkeypatch.setattr(blocks, "overwrite", note("spans"))
+    block, x = kind(8).to(device), torch.empty(1, 8, 4, 4, device=device)
+    with torch.no_grad():
+        block(x, scratch=Scratch(compiled=True))
+        block(x, scratch=Scratch(fused=False, compiled=True))
+        block(x, scratch=Scratch())
+    assert ran == ["spans" if spans else "compiled", "compiled", "spans"]
 
 
 @pytest.mark.parametrize("block", [ConvBlock(8), ConvBlock(8, 4), FeedForwardBlock(8)])

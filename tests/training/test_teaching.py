@@ -102,8 +102,10 @@ def test_stages_c_and_b_learn_together_and_a_stopped_run_continues_bit_for_bit(
     assert (tmp_path / "whole" / "samples" / "0000004.png").exists()
 
 
-def test_training_from_a_cache_gives_the_same_losses(model: Path, tmp_path: Path) -> None:
-    changes = ("steps=3", "save_every=3", "sample_every=100", "data.random_crop=false", "lora.prior=0.0")
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_training_from_a_cache_gives_the_same_losses(repeat: int, model: Path, tmp_path: Path) -> None:
+    changes = ("steps=3", "save_every=3", "sample_every=100", "data.random_crop=false", "lora.prior=0.0",
+               "lora.parts=['stage_c', 'stage_b']", f"data.repeat={repeat}")  # fmt: skip
     train(settings(model, tmp_path / "live", *changes))
     train(settings(model, tmp_path / "cached", *changes, f"data.cache={tmp_path}/cache"))
     assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "cached"), rel=2e-3)

@@ -4,7 +4,7 @@ Feature maps are (B, C, H, W) tensors in channels-last memory, so that the norms
 work on channels, and the depthwise convolutions, which work on space, share one layout without copies.
 
 For sampling, blocks take a `Scratch`. While its `fused` is set, they may overwrite the map they are given;
-while its `compiled` is, they run under torch.compile.
+while its `compiled` is, they run under torch.compile, but those that work in spans on a CPU.
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
         if scratch is not None and is_bare(self.channelwise, x):
+            if scratch.in_spans(x):
+                return overwrite(x, self.channelwise, self.depthwise(x), skip, self.norm_eps, scratch)
             if scratch.compiled:
                 return run_compiled(ConvBlock.plain, self, x, skip)
-            if scratch.fused:
-                return overwrite(x, self.channelwise, self.depthwise(x), skip, self.norm_eps, scratch)
         return self.plain(x, skip)
 
     def plain(self, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -131,10 +131,10 @@ class FeedForwardBlock(nn.Module):
 
     def forward(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         if scratch is not None and is_bare(self.channelwise, x):
+            if scratch.in_spans(x):
+                return overwrite(x, self.channelwise, x, None, self.norm_eps, scratch)
             if scratch.compiled:
                 return run_compiled(FeedForwardBlock.plain, self, x)
-            if scratch.fused:
-                return overwrite(x, self.channelwise, x, None, self.norm_eps, scratch)
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Scratch:
     fused    blocks may overwrite maps and work through them in spans, where no gradient is needed
     reuse    work out the deep levels of a trunk only at every so many-th call, and let the calls between
              take what they gave [Ma et al. 2023, DeepCache]; 1 works them out always. Other results!
-    compiled blocks run under torch.compile, where no gradient is needed, rather than in spans
+    compiled blocks run under torch.compile, where no gradient is needed, but those that are `fused` on a CPU
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class Scratch:
     @property
     def compiled(self) -> bool:
         return self._compiled and not torch.is_grad_enabled()
+
+    def in_spans(self, x: Tensor) -> bool:
+        """Does a perceptron on x work in place and in spans? On a CPU it does also where blocks are compiled:
+        inductor's GELU and sum of squares take longer than the spans do (docs/performance.md)."""
+        return self.fused and (x.device.type == "cpu" or not self.compiled)
 
     def at(self, time: float | None) -> None:
         """The next step is told `time`; None where nobody knows."""

@@ -30,7 +30,7 @@ class Speed:
     fused: bool = True  # blocks work in place and in spans that stay in the cache
     share: bool = True  # what is equal in both branches of guidance is worked out once
     together: bool = True  # both branches in one batch; one after the other needs half the memory
-    compiled: bool = False  # blocks run under torch.compile, rather than in spans
+    compiled: bool = False  # blocks run under torch.compile, but those that are fused on a CPU
     kept_bytes: int = LIMIT  # `once` keeps at most this
 
     def ready(self, device: torch.device) -> Speed:

@@ -55,22 +55,19 @@ class Cache:
     ) -> Encoded:
         """The batch of these samples, each with the caption of that number, -1 for the empty caption; of the
         samples `told` if captions of others are wanted."""
-        samples = [self.originals[sample] for sample in samples]
-        told = samples if told is None else [self.originals[sample] for sample in told]
-        latents_b = image = None
         latents_c = self.stack("c", samples)
-        if f"b.{samples[0]}" in self.tensors:
-            latents_b = self.stack("b", samples)
-        if f"i.{samples[0]}" in self.tensors:
-            image = self.stack("i", samples)
+        latents_b, image = (
+            self.stack(kind, samples) if self.find(kind, samples[0]) is not None else None for kind in "bi"
+        )
         hidden, pooled = [], []
-        for sample, caption in zip(told, captions, strict=True):
+        for sample, caption in zip(samples if told is None else told, captions, strict=True):
             if caption < 0:
                 hidden.append(self.empty_hidden)
                 pooled.append(self.empty_pooled[0])
             else:
-                hidden.append(self.tensors[f"t.{sample}.{caption}"].float())
-                pooled.append(self.tensors[f"p.{sample}.{caption}"].float())
+                original = self.originals[sample]
+                hidden.append(self.tensors[f"t.{original}.{caption}"].float())
+                pooled.append(self.tensors[f"p.{original}.{caption}"].float())
         windows = max(-(-rows.shape[0] // self.window) for rows in hidden)
         return Encoded(
             latents_c, latents_b, torch.stack([self.padded(rows, windows) for rows in hidden]),
@@ -79,21 +76,26 @@ class Cache:
 
     def masks(self, samples: Sequence[int]) -> Tensor | None:
         """Masks of samples of one canvas as `Encoded` has them; None when none of them has one."""
-        found = [self.tensors.get(f"m.{sample}") for sample in samples]
+        found = [self.find("m", sample) for sample in samples]
         return stack_known([None if mask is None else mask.float() for mask in found], 1)
 
     def objects(self, samples: Sequence[int]) -> Tensor | None:
         """Object maps of samples of one canvas; None when none of them has one."""
-        return stack_known([self.tensors.get(f"o.{sample}") for sample in samples], UNKNOWN)
+        return stack_known([self.find("o", sample) for sample in samples], UNKNOWN)
 
     def prototypes(self, samples: Sequence[int]) -> Tensor | None:
         """Latents of the prototypes that samples name; None when none of them does."""
-        found = [self.tensors.get(f"g.{sample}") for sample in samples]
+        found = [self.find("g", sample) for sample in samples]
         return stack_known([None if latents is None else latents.float() for latents in found], UNNAMED)
 
     def stack(self, kind: str, samples: Sequence[int]) -> Tensor:
+        """What is kept of each sample under `kind`: "c" or "b" (latents) or "i" (image embeddings)."""
         # Widened first, as masks are: under autocast to bfloat16, a CPU joins no float16.
-        return torch.stack([self.tensors[f"{kind}.{sample}"].float() for sample in samples])
+        return torch.stack([self.tensors[f"{kind}.{self.originals[sample]}"].float() for sample in samples])
+
+    def find(self, kind: str, sample: int) -> Tensor | None:
+        """What is kept of a sample, or of the one that it repeats."""
+        return self.tensors.get(f"{kind}.{self.originals[sample]}")
 
     def padded(self, rows: Tensor, windows: int) -> Tensor:
         """Zeros where padding was cut off, then windows of the empty prompt."""
