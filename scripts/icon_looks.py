@@ -24,7 +24,7 @@ from icon_captions import (
     short_names,
     with_article,
 )
-from PIL import Image, ImageChops
+from PIL import Image
 
 Row = dict[str, Any]
 
@@ -37,29 +37,33 @@ SATURATED = 90  # levels from which a pixel has a hue to speak of
 RECOLOURED = 2  # other colours a drawing is shown in
 
 
-def outlined(drawing: Image.Image) -> Image.Image:
-    """Edges of colour, and of the drawing itself, in ink."""
+def with_edges(drawing: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The drawing with room for strokes around it, and where its edges are, of colour and of itself (L)."""
     stroke = 2 * round(max(drawing.size) / STROKES) + 1
     margin = stroke + 1
-    answer = Image.new("RGBA", (drawing.width + 2 * margin, drawing.height + 2 * margin), (255, 255, 255, 0))
-    answer.alpha_composite(drawing, (margin, margin))
-    flat = Image.new("RGBA", answer.size, (255, 255, 255, 255))
-    flat.alpha_composite(answer)
-    planes = np.dstack([np.asarray(flat.convert("RGB")), np.asarray(answer.getchannel("A"))])
+    size = (drawing.width + 2 * margin, drawing.height + 2 * margin)
+    wide = Image.new("RGBA", size, (255, 255, 255, 0))
+    wide.alpha_composite(drawing, (margin, margin))
+    flat = Image.new("RGBA", size, (255, 255, 255, 255))
+    flat.alpha_composite(wide)
+    planes = np.dstack([np.asarray(flat.convert("RGB")), np.asarray(wide.getchannel("A"))])
     smooth = cv2.medianBlur(planes, 5)
     steps = cv2.morphologyEx(smooth, cv2.MORPH_GRADIENT, np.ones((stroke, stroke), np.uint8))
-    ink = Image.fromarray(255 * (steps.max(axis=2) > EDGE).astype(np.uint8))
-    answer.paste((*INK, 255), mask=ink)
+    return wide, Image.fromarray(255 * (steps.max(axis=2) > EDGE).astype(np.uint8))
+
+
+def outlined(drawing: Image.Image) -> Image.Image:
+    """The drawing with its edges in ink."""
+    answer, edges = with_edges(drawing)
+    answer.paste((*INK, 255), mask=edges)
     return answer
 
 
 def line_art(drawing: Image.Image) -> Image.Image:
-    """The outlines alone, white between them."""
-    answer = outlined(drawing)
-    dark = answer.convert("RGB").point(lambda level: 255 * (level != INK[0]))
-    red, green, blue = dark.split()
-    colour = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    answer.paste((255, 255, 255, 255), mask=ImageChops.darker(colour, answer.getchannel("A")))
+    """The edges alone in ink, white between them."""
+    answer, edges = with_edges(drawing)
+    answer.paste((255, 255, 255, 255), mask=answer.getchannel("A"))
+    answer.paste((*INK, 255), mask=edges)
     return answer
 
 
@@ -144,9 +148,7 @@ def other_looks(rows: Sequence[Row], style_of: dict[str, str], left_out: Iterabl
         for colour in other_colours(row):
             if bare.split()[0] in COLOURS or f"{colour} {bare}" in names:
                 continue
-            texts = [
-                form.format(with_article(f"{colour} {bare}"), f"{colour} {bare}", bare) for form in IN_COLOUR
-            ]
+            texts = [form.format(with_article(f"{colour} {bare}"), f"{colour} {bare}") for form in IN_COLOUR]
             texts = [text + place for text in (*texts, f"{nouns[-1]} in {colour}")]
             found.append(row | {"key": f"{key}-{colour}", "look": colour, "captions": texts})
     return found
