@@ -10,8 +10,8 @@ Prototypes. Every drawing names that one as its prototype, which the guess of St
 is also shown again, told what others of the name are called, once for every three of them on the same
 background, so that it is at home in all styles.
 
-Other words. That drawing is also told by what a dictionary says the name means, by synonyms and by its
-keywords ("diet, food, fruit, health, ripe"), so that it can be asked for without its name.
+Other words. That drawing is also told without its name, by what a dictionary says it means, by keywords, by
+its kind and colour (icon_words.py).
 
 Stand-ins. A drawing is also told in the styles it looks most like, for want of a nearer one: the smooth
 gradient bell pepper is "a bell pepper, 3d render style" too. So a style that a thing was never drawn in
@@ -21,13 +21,12 @@ told.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
+
+from icon_words import other_words, with_article
 
 STYLES = {
     "flat": ("a flat icon of {}", "{}, flat icon style"),
@@ -72,8 +71,6 @@ BACKGROUND = re.compile(r" on an? [a-z ]*background$")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 SHARED_BY = 3  # drawings whose captions one more showing of the house drawing takes
 DRAWN_SHAPES = ("circle", "square")  # words of the drawn shapes
-LEAST_KEYWORDS = 3  # with fewer, keywords alone do not tell what is meant
-MEANINGS = Path(__file__).with_name("icons") / "meanings.json"
 MAIN = 4  # of the catalogue's captions: main, bare name, with style and background, by colour or synonym
 
 Row = dict[str, Any]
@@ -91,6 +88,7 @@ def retell(
     by_name = drawings_by_name(rows, style_of, left_out)
     house = {house_drawing(drawings) for drawings in by_name.values()}
     short = short_names(rows, house)
+    words = other_words(row for row in told if row["key"] in house)
     stands_in = stand_ins(by_name, held_out(rows, style_of))
     captions = {}
     for number, row in enumerate(told):
@@ -100,7 +98,7 @@ def retell(
         if key in house:
             found.append(f"{noun}{place}")
             found += [with_article(word) + place for word in short.get(key, ())]
-            found += in_other_words(row)
+            found += [text + place for text in words[key]]
         else:
             found = [text if k > 1 else with_style(text, style) for k, text in enumerate(found)]
             found.append(with_style(f"{noun}{place}", style))
@@ -142,29 +140,6 @@ def set_of(row: Row) -> str:
 
 def with_style(text: str, style: str) -> str:
     return text if STYLED.search(text) else STYLES[style][1].format(text)
-
-
-def with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def in_other_words(row: Row) -> list[str]:
-    """What else says what it is: its meaning in a dictionary, synonyms, and its keywords, with and without
-    its name."""
-    found = [f"{text}{place_of(row)}" for text in meanings().get(row["name"], ())]
-    keywords = ", ".join(row["keywords"])
-    if keywords:
-        found += [keywords, f"{row['name']}, {keywords}"]
-    said = set(re.findall(r"[a-z]+", f"{row['name']} {row['captions'][1]}".lower()))
-    words = [word for word in row["keywords"] if not said & {word, word.removesuffix("s"), f"{word}s"}]
-    return [*found, ", ".join(words)] if len(words) >= LEAST_KEYWORDS else found
-
-
-@cache
-def meanings() -> dict[str, list[str]]:
-    """Meanings by name, from WordNet (make_icon_meanings.py)."""
-    found: dict[str, list[str]] = json.loads(MEANINGS.read_text(encoding="utf-8"))
-    return found
 
 
 def place_of(row: Row) -> str:

@@ -22,8 +22,8 @@ from icon_captions import (
     place_of,
     set_of,
     short_names,
-    with_article,
 )
+from icon_words import with_article
 from PIL import Image
 
 Row = dict[str, Any]

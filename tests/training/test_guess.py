@@ -20,7 +20,7 @@ from triptych.data.shards import ShardIndex
 from triptych.errors import DataError
 from triptych.images import to_pixels
 from triptych.training.config import RunSettings, check_settings
-from triptych.training.guess import UNNAMED, blur_words, encode_prototypes, guess_loss
+from triptych.training.guess import UNNAMED, BlurredWords, encode_prototypes, guess_loss
 from triptych.training.loop import train
 
 COLOURS = ("red", "green", "blue")
@@ -77,12 +77,37 @@ def test_a_guess_learns_from_its_own_error(model: Path, tmp_path: Path) -> None:
 
 def test_a_guess_hears_noisy_words_while_it_learns_and_plain_ones_otherwise() -> None:
     words, noisy = torch.randn(64, 1, 384), nn.Identity()
-    blur_words(noisy, 0.5)
+    BlurredWords(noisy, 0.5, 0.0)
     assert torch.equal(noisy.eval()(words), words)
     off = (noisy.train()(words) - words).std(-1) / words.std(-1)
     assert float(off.min()) > 0
     assert float(off.max()) < 0.6  # half of the words' deviation at most, give or take what 384 draws miss
-    assert float(off.mean()) == pytest.approx(0.25, abs=0.05)
+    assert float(off.mean()) == pytest.approx(0.5 / 3, abs=0.05)  # the mean of a square of a uniform draw
+
+
+def test_a_guess_hears_other_words_as_far_as_captions_of_other_pictures_differ() -> None:
+    words, guess = torch.randn(64, 1, 384), nn.Identity()
+    along = torch.zeros(64, 1, 384)
+    along[:5, 0, 7] = 2.0  # five pictures have a second caption, which differs in one direction
+    blur = BlurredWords(guess.train(), 0.0, 0.7)
+    assert torch.equal(guess(words), words)  # no batch was heard yet
+    blur.hear(words, words - along, None)
+    moved = guess(words) - words
+    assert float(moved[..., 7].min()) > 0
+    assert float(moved[..., 7].max()) <= 0.7 * 2.0
+    assert moved[..., :7].count_nonzero() == moved[..., 8:].count_nonzero() == 0
+    blur.hear(words, words, None)  # one caption each: nothing to learn from
+    assert torch.equal(guess(words), words)
+
+
+def test_words_of_pictures_without_a_prototype_stay_as_they_are_where_others_have_one() -> None:
+    words, guess = torch.randn(3, 1, 384), nn.Identity()
+    prototype = torch.zeros(3, 16, 8, 8)
+    prototype[1] = UNNAMED
+    blur = BlurredWords(guess.train(), 0.5, 0.7)
+    blur.hear(words, words + 1, prototype)
+    same = (guess(words) == words).flatten(1).all(1)
+    assert same.tolist() == [False, True, False]
 
 
 def test_the_loss_is_the_distance_to_the_prototype_where_one_is_named() -> None:
@@ -130,6 +155,25 @@ def test_a_run_from_a_cache_learns_the_same_prototypes(model: Path, pictures: Pa
     assert live == pytest.approx(cached, rel=1e-2)  # a cache rounds latents to float16
     assert live != pytest.approx(own, rel=1e-2)
     assert own == pytest.approx(left, rel=1e-2)
+
+
+def test_a_run_from_a_cache_hears_the_same_other_words(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Tensor] = []
+
+    def hear(self: BlurredWords, text: Tensor, other: Tensor | None, prototype: Tensor | None) -> None:
+        assert other is not None
+        heard.append(text - other)
+
+    monkeypatch.setattr(BlurredWords, "hear", hear)
+    for data in ({}, {"cache": str(tmp_path / "cache")}):
+        given = settings(model, tmp_path / f"run{len(heard)}", 3, shapes=8, **data).model_dump()
+        given["diffusion"] |= {"guess_rewording": 0.7, "drop_text": 0.3}
+        train(check_settings(given, "test"))
+    live, cached = torch.cat(heard[:3]), torch.cat(heard[3:])
+    torch.testing.assert_close(live, cached, rtol=0, atol=0.02)  # a cache rounds words to float16
+    assert live.abs().amax(-1).max() > 0.1
 
 
 def test_a_guess_gives_the_prototype_whatever_style_is_asked_for(pictures: Path, tmp_path: Path) -> None:

@@ -51,10 +51,14 @@ class Cache:
         self.empty_hidden = empty_hidden[0]
 
     def read(
-        self, samples: Sequence[int], captions: Sequence[int], told: Sequence[int] | None = None
+        self,
+        samples: Sequence[int],
+        captions: Sequence[int],
+        told: Sequence[int] | None = None,
+        others: Sequence[int] | None = None,
     ) -> Encoded:
         """The batch of these samples, each with the caption of that number, -1 for the empty caption; of the
-        samples `told` if captions of others are wanted."""
+        samples `told` if captions of others are wanted. `others` are numbers of captions beside those."""
         latents_c = self.stack("c", samples)
         latents_b, image = (
             self.stack(kind, samples) if self.find(kind, samples[0]) is not None else None for kind in "bi"
@@ -63,16 +67,24 @@ class Cache:
         for sample, caption in zip(samples if told is None else told, captions, strict=True):
             if caption < 0:
                 hidden.append(self.empty_hidden)
-                pooled.append(self.empty_pooled[0])
             else:
-                original = self.originals[sample]
-                hidden.append(self.tensors[f"t.{original}.{caption}"].float())
-                pooled.append(self.tensors[f"p.{original}.{caption}"].float())
+                hidden.append(self.tensors[f"t.{self.originals[sample]}.{caption}"].float())
+            pooled.append(self.pooled(sample, caption))
+        other = None
+        if others is not None:
+            other = torch.stack([self.pooled(*which) for which in zip(samples, others, strict=True)])
         windows = max(-(-rows.shape[0] // self.window) for rows in hidden)
         return Encoded(
             latents_c, latents_b, torch.stack([self.padded(rows, windows) for rows in hidden]),
             torch.stack(pooled), image, self.masks(samples), self.objects(samples), self.prototypes(samples),
+            other,
         )  # fmt: skip
+
+    def pooled(self, sample: int, caption: int) -> Tensor:
+        """The pooled text of caption number `caption` of a sample, -1 for the empty caption."""
+        if caption < 0:
+            return self.empty_pooled[0]
+        return self.tensors[f"p.{self.originals[sample]}.{caption}"].float()
 
     def masks(self, samples: Sequence[int]) -> Tensor | None:
         """Masks of samples of one canvas as `Encoded` has them; None when none of them has one."""

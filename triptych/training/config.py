@@ -140,6 +140,10 @@ class DiffusionSettings(Settings):
         0.0, ge=0,
         description="Stage C: most noise on the text its guess sees, so that like words guess alike",
     )  # fmt: skip
+    guess_rewording: float = Field(
+        0.0, ge=0,
+        description="Stage C: at most that much of what another caption changes, on the text its guess sees",
+    )  # fmt: skip
     image_from_text: bool = Field(
         False, description="without an image encoder: the caption's vector stands in"
     )

@@ -62,6 +62,7 @@ class Encoded:
     mask: Tensor | None = None  # (B, 1, H/4, W/4) in [0, 1], 1 where the picture matters; None: everywhere
     objects: Tensor | None = None  # (B, 2, h, w), see `object_map`; None where no picture says what it shows
     prototype: Tensor | None = None  # (B, 16, 8, 8) as `guess_loss` takes them
+    text_other: Tensor | None = None  # (B, Wp) of another caption of each picture; None if unasked
 
 
 def shrink_mask(mask: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ from triptych.training.encoders import (
     shrink_mask,
 )
 from triptych.training.grounding import UNKNOWN, Answer, Grounding, grounding_loss, middle_of, object_map
-from triptych.training.guess import blur_words, encode_prototypes, guess_loss
+from triptych.training.guess import BlurredWords, encode_prototypes, guess_loss
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
 from triptych.training.muon import leave_to_adamw
 from triptych.training.processes import total
@@ -191,6 +191,7 @@ class DiffusionBatch:
     captions: list[str] = dataclasses.field(default_factory=list)
     encoded: Encoded | None = None
     prototypes: list[Image.Image | None] = dataclasses.field(default_factory=list)  # [] if unasked
+    others: list[str] = dataclasses.field(default_factory=list)  # captions that say the same; [] if unasked
 
 
 def diffusion_task(
@@ -224,32 +225,49 @@ def diffusion_task(
     if guesses:
         guess = Answer(network.guess)
         leave_to_adamw(network.guess)
-        blur_words(network.guess, settings.diffusion.guess_noise)
+        blur = BlurredWords(network.guess, settings.diffusion.guess_noise, settings.diffusion.guess_rewording)
+    rewords = guesses and settings.diffusion.guess_rewording > 0
 
     def load(plan: BatchPlan, places: Sequence[int]) -> DiffusionBatch:
         if cache is None:
             batch = pictures.load(plan, places)
             asked = [plan.samples[place] for place in places] if guesses and settings.data.prototypes else []
             named = [pictures.source.prototype(sample) for sample in asked]
-            return DiffusionBatch(plan, places, batch, pictures.captions(batch), prototypes=named)
+            texts = pictures.captions(batch)
+            same = [
+                pictures.other_caption(plan, place, text, sample.captions)
+                for place, text, sample in zip(batch.places, texts, batch.samples, strict=True)
+            ]
+            return DiffusionBatch(plan, places, batch, texts, None, named, same if rewords else [])
         samples = [plan.samples[place] for place in places]
         numbers = [
             pictures.caption_number(plan, place, cache.captions[sample])
             for place, sample in zip(places, samples, strict=True)
         ]
+        others = None
+        if rewords:
+            others = [
+                pictures.other_number(plan, place, number, cache.captions[sample])
+                for place, number, sample in zip(places, numbers, samples, strict=True)
+            ]
         told: list[str] = []
         if pictures.rearranges:  # latents are kept, captions are read as they come
             told = [
                 pictures.caption(plan, place, pictures.source.captions(sample))
                 for place, sample in zip(places, samples, strict=True)
             ]
-        return DiffusionBatch(plan, places, None, told, cache.read(samples, numbers))
+        return DiffusionBatch(plan, places, None, told, cache.read(samples, numbers, None, others))
 
     def loss(player: str, batch: DiffusionBatch, draws: Draws, step: int) -> Losses:
         encoded = batch.encoded or encode_batch(settings, encoders, batch, device)
         if batch.encoded is not None and pictures.rearranges:
             hidden, pooled = encoders.read_text(batch.captions)
             encoded = dataclasses.replace(encoded, text_hidden=hidden, text_pooled=pooled)
+        prototype = None
+        if guesses:
+            if settings.data.prototypes and encoded.prototype is not None:  # a cache may hold them unasked
+                prototype = encoded.prototype.to(device)
+            blur.hear(encoded.text_pooled, encoded.text_other, prototype)
         losses = loss_of(settings, network, encoded, draws, adaptive, encoders, device)
         if grounding and encoded.objects is not None:
             assert middle.map is not None
@@ -258,9 +276,7 @@ def diffusion_task(
             losses.terms["grounding"] = named.detach()
         if guesses:
             assert guess.map is not None
-            own, prototype = encoded.latents_c.to(device), None
-            if settings.data.prototypes and encoded.prototype is not None:  # a cache may hold them unasked
-                prototype = encoded.prototype.to(device)
+            own = encoded.latents_c.to(device)
             missed = guess_loss(guess.map, own, prototype, masked(encoded.mask, own, settings.diffusion))
             losses.total = losses.total + settings.diffusion.guess * missed
             losses.terms["guess"] = missed.detach()
@@ -343,7 +359,10 @@ def encode_batch(
     prototype = None
     if batch.prototypes:
         prototype = encode_prototypes(encoders.semantic, batch.prototypes, device)
-    return Encoded(latents_c, latents_b, hidden, pooled, image, mask, stack_known(maps, UNKNOWN), prototype)
+    other = encoders.read_text(batch.others)[1] if batch.others else None
+    return Encoded(
+        latents_c, latents_b, hidden, pooled, image, mask, stack_known(maps, UNKNOWN), prototype, other
+    )  # fmt: skip
 
 
 def stage_c_loss(

@@ -20,7 +20,8 @@ from triptych.data.sources import DrawnShapes, Joined, OnCanvases, Source
 from triptych.errors import SettingsError
 from triptych.training.config import DataSettings, RunSettings
 
-CAPTION, TAGS, OTHER = 4, 6, 7  # what a draw of data/batches.py is for, after its own four; 5 is lora.py's
+# What a draw is for, after the four of data/batches.py; 5 is lora.py's.
+CAPTION, TAGS, OTHER, REWORDING = 4, 6, 7, 8
 
 
 class Pictures:
@@ -95,6 +96,17 @@ class Pictures:
         """Which of `count` captions a sample shows at this step."""
         u = float(draws(self.settings.seed, plan.step, CAPTION, place, count=1)[0])
         return caption_number(count, u, self.settings.data.main_caption)
+
+    def other_number(self, plan: BatchPlan, place: int, number: int, count: int) -> int:
+        """Which of `count` captions may be told in the place of caption `number`: the empty one for that."""
+        u = float(draws(self.settings.seed, plan.step, REWORDING, place, count=1)[0])
+        return int(u * count) if number >= 0 else number
+
+    def other_caption(self, plan: BatchPlan, place: int, told: str, captions: Sequence[str]) -> str:
+        """One of a picture's captions that may be told in the place of `told`: the empty one for that."""
+        count = min(len(captions), self.settings.data.captions)
+        number = self.other_number(plan, place, 0 if told else -1, count)
+        return self.rearranged(captions[number], plan.step, place) if number >= 0 else ""
 
     def told_of(self, plan: BatchPlan, place: int) -> int:
         """The sample whose caption is told at a place of a batch: its own, or for `control.other_caption` of

