@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -113,6 +114,24 @@ def test_numbers_that_are_not_finite_are_found_and_named(tmp_path, bad, dtype):
     read_tensors(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"NaN or infinite, first in 'broken.weight'"):
         read_tensors(tmp_path / "x.safetensors", finite=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("broken", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]])
+def test_every_nan_and_infinity_is_found_among_finite_numbers_of_any_size(
+    tmp_path: Path, dtype: torch.dtype, broken: list[float]
+) -> None:
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)  # no sum of theirs is finite
+    tensors = {"large": large, "small": torch.randn(1000).to(dtype), "both": torch.cat([large, -large])}
+    path = tmp_path / "part.safetensors"
+    save_file(tensors, path)
+    read_tensors(path, finite=True)
+    for name in tensors:
+        damaged = {key: tensor.clone() for key, tensor in tensors.items()}
+        damaged[name][500 : 500 + len(broken)] = torch.tensor(broken, dtype=dtype)
+        save_file(damaged, path)
+        with pytest.raises(CheckpointError, match=f"NaN or infinite, first in '{name}'"):
+            read_tensors(path, finite=True)
 
 
 KILLED = """
