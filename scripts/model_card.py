@@ -40,6 +40,7 @@ EVALUATIONS = {
     "image_encoder": f"image_encoder {VALIDATION}",
     "shapes_192x192": "shapes --size 192x192 --count 30",
     "shapes_384x256": "shapes --size 384x256 --count 30",
+    "shapes_384x384": "shapes --size 384x384 --count 30",
 }
 SEEDED = ("shapes", "icons", "words")  # what `--seeds` concerns
 
@@ -65,6 +66,7 @@ CARD = """
 | ControlNet for half the side, by latents | {super_resolution.psnr, control}, distance {super_resolution.distance, control}, concept {super_resolution.concept first, control}; bicubic {super_resolution.psnr, bicubic}, {super_resolution.distance, bicubic}, {super_resolution.concept first, bicubic} | super_resolution |
 | one object at 192x192, 30 prompts | {shapes_192x192.right} | shapes_192x192 |
 | one object at 384x256, 30 prompts | {shapes_384x256.right} | shapes_384x256 |
+| one object at 384x384, 30 prompts | {shapes_384x384.right} | shapes_384x384 |
 """  # noqa: E501
 VARIATIONS = """
 | told | first | among five |
