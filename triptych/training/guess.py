@@ -43,7 +43,7 @@ class BlurredWords:
 
     def hear(self, text: Tensor, other: Tensor | None, prototype: Tensor | None) -> None:
         """Take a batch: pooled texts of its captions and of other captions of the same pictures (B, ..., W),
-        and prototypes as `guess_loss` takes them. Where any is known, the other rows stay undisturbed: their
+        and prototypes as `guess_loss` takes them. With those, rows that name none stay undisturbed: their
         words say exactly what is drawn, as those of drawn shapes do."""
         self.differences = None if other is None else (text - other).detach()
         self.rows = None if prototype is None else known_rows(prototype)
@@ -69,6 +69,11 @@ class BlurredWords:
         return (text + moved,)
 
 
+def no_prototypes(count: int, channels: int, device: torch.device) -> Tensor:
+    """Prototypes (count, channels, 8, 8) of samples that name none."""
+    return torch.full((count, channels, GUESS_SIDE, GUESS_SIDE), UNNAMED, device=device)
+
+
 def known_rows(prototype: Tensor) -> Tensor:
     """Which rows of prototypes (B, C, 8, 8) some sample names, (B,) bool."""
     return ~prototype.flatten(1).isnan().any(1)
@@ -78,8 +83,7 @@ def known_rows(prototype: Tensor) -> Tensor:
 def encode_prototypes(semantic: Any, pictures: Sequence[Image.Image | None], device: torch.device) -> Tensor:
     """Latents (B, C, 8, 8) of pictures on a square, rows of UNNAMED for those that are None."""
     side = GUESS_SIDE * semantic.config.stride
-    shape = (len(pictures), semantic.config.latent_channels, GUESS_SIDE, GUESS_SIDE)
-    latents = torch.full(shape, UNNAMED, device=device)
+    latents = no_prototypes(len(pictures), semantic.config.latent_channels, device)
     known = [place for place, picture in enumerate(pictures) if picture is not None]
     if known:
         shown = [to_canvas(picture, side, side) for picture in pictures if picture is not None]

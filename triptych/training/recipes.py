@@ -52,7 +52,7 @@ from triptych.training.encoders import (
     shrink_mask,
 )
 from triptych.training.grounding import UNKNOWN, Answer, Grounding, grounding_loss, middle_of, object_map
-from triptych.training.guess import BlurredWords, encode_prototypes, guess_loss
+from triptych.training.guess import BlurredWords, encode_prototypes, guess_loss, no_prototypes
 from triptych.training.image_tower import Viewer, embed, embedding_loss, view_loss
 from triptych.training.muon import leave_to_adamw
 from triptych.training.processes import total
@@ -265,8 +265,10 @@ def diffusion_task(
             encoded = dataclasses.replace(encoded, text_hidden=hidden, text_pooled=pooled)
         prototype = None
         if guesses:
-            if settings.data.prototypes and encoded.prototype is not None:  # a cache may hold them unasked
-                prototype = encoded.prototype.to(device)
+            if settings.data.prototypes:  # a cache may hold them unasked, or of none of these samples
+                count, channels = len(encoded.latents_c), network.guess.channels
+                none = no_prototypes(count, channels, device)
+                prototype = none if encoded.prototype is None else encoded.prototype.to(device)
             blur.hear(encoded.text_pooled, encoded.text_other, prototype)
         losses = loss_of(settings, network, encoded, draws, adaptive, encoders, device)
         if grounding and encoded.objects is not None:
