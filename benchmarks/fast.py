@@ -4,7 +4,7 @@
     python benchmarks/fast.py --out runs/fast --only fast plain-10-10
     python benchmarks/fast.py --students runs/students --times bench.json --into docs/performance.md
     python benchmarks/fast.py --shares                         # deep share of a pass at full size, measured
-    python benchmarks/fast.py --whole                          # fast at full size, noise to pixels
+    python benchmarks/fast.py --whole --steps 8                # fast at full size, noise to pixels
 
 A setting draws the same prompts from the same noise as the full one. Told of each: how many pictures are
 right by the shapes judge, with a Wilson interval; the share lost or won against the full setting, with the
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--times", type=Path, help="what `triptych bench --json` wrote")
     parser.add_argument("--shares", action="store_true")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--steps", type=int, default=FAST["steps"], help="of Stage C in --whole")
     parser.add_argument("--folder", type=Path, default=Path("runs/fast"), help="random weights of --whole")
     told = parser.parse_args()
     torch.set_num_threads(told.threads)
@@ -127,7 +128,7 @@ def main() -> None:
         measure_shares()
         return
     if told.whole:
-        measure_whole(told.folder)
+        measure_whole(told.folder, told.steps)
         return
     times = Times() if told.times is None else Times.read(told.times)
     told.out.mkdir(parents=True, exist_ok=True)
@@ -276,15 +277,16 @@ def measure_shares() -> None:
         print(f"{part}: whole {whole:.1f} s, the rest {rest:.1f} s, deep {1 - rest / whole:.1%}", flush=True)
 
 
-def measure_whole(folder: Path) -> None:
-    """Seconds from noise to pixels on the 1B and 700M at 1024x1024 with `fast`, on the weights' own device
-    and precision. Weights are random, their files written before and read as a user's are."""
+def measure_whole(folder: Path, steps: int) -> None:
+    """Seconds from noise to pixels on the 1B and 700M at 1024x1024 with `fast` in so many steps, on the
+    weights' own device and precision. Weights are random, their files written before and read as a user's
+    are."""
     folder.mkdir(parents=True, exist_ok=True)
     request = Request(prompt="", size="1024x1024", batch=1).replaced(
         seed=1,
         guidance=4.0,
         decoder_guidance=1.0,
-        **{"sampler": "ddpm", **FAST},
+        **{"sampler": "ddpm", **FAST, "steps": steps},
     )
     device = choose_device("auto")
     parts = Parts(write_pair("cascade-lite", folder), device, choose_dtype("auto", device))
