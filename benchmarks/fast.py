@@ -1,7 +1,7 @@
 """Settings that make less work of a picture, alone and together, beside the plain sampler with fewer steps.
 
     python benchmarks/fast.py --out runs/fast                  # makes and judges, one file a setting
-    python benchmarks/fast.py --out runs/fast --only fast plain-10-10
+    python benchmarks/fast.py --out runs/fast --only fast "plain, 10 steps"
     python benchmarks/fast.py --students runs/students --times bench.json --into docs/performance.md
     python benchmarks/fast.py --shares                         # deep share of a pass at full size, measured
     python benchmarks/fast.py --whole --steps 8                # fast at full size, noise to pixels

@@ -5,10 +5,10 @@
 
 Keywords are those of emojilib that the catalogue lacks (licences of both: icons/LICENCES.md).
 
-Meanings are what WordNet 3.1 says. Of a word's senses the one is taken whose
-meaning and synonyms are nearest, in the text encoder of mini, to the name with its keywords. A name that
-begins with a colour is looked up without it where WordNet has no such word ("red apple"). Of names with
-one meaning the first in the order of Unicode has it; synonyms that could mean another name are left out.
+Meanings are what WordNet 3.1 says. Of a word's senses the one is taken whose meaning and synonyms are
+nearest, in the text encoder of mini, to the name with its keywords. A name that begins with a colour is
+looked up without it where WordNet has no such word ("red apple"). Of names with one meaning the first in
+the order of Unicode has it; synonyms that could mean another name are left out.
 """
 
 from __future__ import annotations
@@ -68,9 +68,13 @@ def read_wordnet(path: Path) -> dict[str, list[Sense]]:
 
 
 def _lines(tar: tarfile.TarFile, name: str) -> list[str]:
+    return [line for line in _text(tar, name).splitlines() if not line.startswith("  ")]
+
+
+def _text(tar: tarfile.TarFile, name: str) -> str:
     file = tar.extractfile(name)
     assert file is not None
-    return [line for line in file.read().decode("ascii").splitlines() if not line.startswith("  ")]
+    return file.read().decode("utf-8")
 
 
 def clean(meaning: str) -> str:
@@ -82,9 +86,7 @@ def clean(meaning: str) -> str:
 def read_emojilib(path: Path) -> dict[str, list[str]]:
     """English keywords by emoji, without the selectors that some lists write in it."""
     with tarfile.open(path) as tar:
-        file = tar.extractfile("package/dist/emoji-en-US.json")
-        assert file is not None
-        words = json.load(file)
+        words = json.loads(_text(tar, "package/dist/emoji-en-US.json"))
     return {
         emoji.replace(SELECTOR, ""): [word.replace("_", " ").lower() for word in found]
         for emoji, found in words.items()

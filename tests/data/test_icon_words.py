@@ -50,13 +50,19 @@ def row(
     }  # fmt: skip
 
 
-def test_senses_of_things_come_in_their_order(script: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "wordnet.tgz"
+def packed(path: Path, texts: dict[str, str]) -> Path:
+    """A package of these files, as npm packs it."""
     with tarfile.open(path, "w:gz") as tar:
-        for kind, text in (("index", INDEX), ("data", DATA)):
-            member = tarfile.TarInfo(f"package/dict/{kind}.noun")
+        for name, text in texts.items():
+            member = tarfile.TarInfo(f"package/{name}")
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+def test_senses_of_things_come_in_their_order(script: ModuleType, tmp_path: Path) -> None:
+    texts = {f"dict/{kind}.noun": text for kind, text in (("index", INDEX), ("data", DATA))}
+    path = packed(tmp_path / "wordnet.tgz", texts)
     animal, club = script.read_wordnet(path)["bat"]
     assert animal[:2] == ("05", ["bat", "chiropteran"])
     assert club == ("06", ["baseball bat"], "a club used for hitting a ball")
@@ -79,14 +85,8 @@ def test_a_meaning_belongs_to_one_name(words: ModuleType) -> None:
 
 
 def test_keywords_are_those_the_catalogue_lacks(script: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "emojilib.tgz"
-    text = json.dumps(
-        {"\N{HEAVY BLACK HEART}\ufe0f": ["red_heart", "Love", "valentines_day", "like"]}
-    ).encode()
-    with tarfile.open(path, "w:gz") as tar:
-        member = tarfile.TarInfo("package/dist/emoji-en-US.json")
-        member.size = len(text)
-        tar.addfile(member, io.BytesIO(text))
+    words = {"\N{HEAVY BLACK HEART}\ufe0f": ["red_heart", "Love", "valentines_day", "like"]}
+    path = packed(tmp_path / "emojilib.tgz", {"dist/emoji-en-US.json": json.dumps(words)})
     rows = {"red heart": row("red heart", "love") | {"emoji": "\N{HEAVY BLACK HEART}"}}
     found = script.find_keywords(rows, script.read_emojilib(path))
     assert found == {"red heart": ["valentines day", "like"]}

@@ -45,7 +45,7 @@ class BlurredWords:
         """Take a batch: pooled texts of its captions and of other captions of the same pictures (B, ..., W),
         and prototypes as `guess_loss` takes them. With those, rows that name none stay undisturbed: their
         words say exactly what is drawn, as those of drawn shapes do."""
-        self.differences = None if other is None else (text - other).detach()
+        self.differences = None if other is None else (text - other.to(text)).detach()
         self.rows = None if prototype is None else known_rows(prototype)
 
     def disturbed(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

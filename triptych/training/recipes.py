@@ -233,12 +233,13 @@ def diffusion_task(
             batch = pictures.load(plan, places)
             asked = [plan.samples[place] for place in places] if guesses and settings.data.prototypes else []
             named = [pictures.source.prototype(sample) for sample in asked]
-            texts = pictures.captions(batch)
-            same = [
-                pictures.other_caption(plan, place, text, sample.captions)
-                for place, text, sample in zip(batch.places, texts, batch.samples, strict=True)
-            ]
-            return DiffusionBatch(plan, places, batch, texts, None, named, same if rewords else [])
+            texts, same = pictures.captions(batch), []
+            if rewords:
+                same = [
+                    pictures.other_caption(plan, place, text, sample.captions)
+                    for place, text, sample in zip(batch.places, texts, batch.samples, strict=True)
+                ]
+            return DiffusionBatch(plan, places, batch, texts, None, named, same)
         samples = [plan.samples[place] for place in places]
         numbers = [
             pictures.caption_number(plan, place, cache.captions[sample])
@@ -266,9 +267,10 @@ def diffusion_task(
         prototype = None
         if guesses:
             if settings.data.prototypes:  # a cache may hold them unasked, or of none of these samples
-                count, channels = len(encoded.latents_c), network.guess.channels
-                none = no_prototypes(count, channels, device)
-                prototype = none if encoded.prototype is None else encoded.prototype.to(device)
+                prototype = encoded.prototype
+                if prototype is None:
+                    prototype = no_prototypes(len(encoded.latents_c), network.guess.channels, device)
+                prototype = prototype.to(device)
             blur.hear(encoded.text_pooled, encoded.text_other, prototype)
         losses = loss_of(settings, network, encoded, draws, adaptive, encoders, device)
         if grounding and encoded.objects is not None:

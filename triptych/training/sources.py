@@ -90,6 +90,10 @@ class Pictures:
     def caption(self, plan: BatchPlan, place: int, captions: Sequence[str]) -> str:
         """What is told at one place of a batch of a picture with these captions."""
         number = self.caption_number(plan, place, min(len(captions), self.settings.data.captions))
+        return self.said(plan, place, captions, number)
+
+    def said(self, plan: BatchPlan, place: int, captions: Sequence[str], number: int) -> str:
+        """Caption number `number` as it is told at a place of a batch, -1 for the empty one."""
         return self.rearranged(captions[number], plan.step, place) if number >= 0 else ""
 
     def caption_number(self, plan: BatchPlan, place: int, count: int) -> int:
@@ -105,8 +109,7 @@ class Pictures:
     def other_caption(self, plan: BatchPlan, place: int, told: str, captions: Sequence[str]) -> str:
         """One of a picture's captions that may be told in the place of `told`: the empty one for that."""
         count = min(len(captions), self.settings.data.captions)
-        number = self.other_number(plan, place, 0 if told else -1, count)
-        return self.rearranged(captions[number], plan.step, place) if number >= 0 else ""
+        return self.said(plan, place, captions, self.other_number(plan, place, 0 if told else -1, count))
 
     def told_of(self, plan: BatchPlan, place: int) -> int:
         """The sample whose caption is told at a place of a batch: its own, or for `control.other_caption` of
